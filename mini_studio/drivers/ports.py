@@ -1,0 +1,137 @@
+"""The ports: what the studio needs of the systems outside it. One contract suite per port runs on every adapter (tests/contracts)."""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from events.types import DeploymentKind
+
+
+class BlobWriter(Protocol):
+    """A blob being written. Nothing is visible under its key until the context ends without an error."""
+
+    async def write(self, chunk: bytes) -> None: ...
+
+
+class BlobStore(Protocol):
+    """Bytes under keys such as `datasets/<client>/<id>.jsonl`. Raises `Unavailable` when the store is away."""
+
+    def writer(self, key: str) -> AbstractAsyncContextManager[BlobWriter]:
+        """Stream one blob in. On an error inside the context nothing is left behind."""
+        ...
+
+    def read(self, key: str) -> AsyncIterator[bytes]:
+        """The blob's bytes in chunks of up to 1 MiB. Raises `NotFound`."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Delete a blob; one that is not there is fine."""
+        ...
+
+    def list(self, prefix: str) -> AsyncIterator[tuple[str, int, float]]:
+        """Key, size in bytes and modification time (Unix seconds) of every blob below `prefix`."""
+        ...
+
+    def location(self, key: str) -> str:
+        """How users name the blob: an absolute path, or `s3://bucket/key`."""
+        ...
+
+
+class RunState(StrEnum):
+    """What the cluster says of a submission. `LOST`: it does not know it (any more)."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class RunReport:
+    state: RunState
+    message: str = ""
+
+
+class TrainingCluster(Protocol):
+    """Runs training programs. Every call ends within the cluster's timeout setting; `Unavailable` when it is away."""
+
+    async def submit(
+        self, submission_id: str, spec_file: Path, *, cpus: float, gpus: float, metadata: dict[str, str]
+    ) -> None:
+        """Start `python -m workloads.train <spec_file>`. A submission id that exists already is success. Raises `Refused`."""
+        ...
+
+    async def report(self, submission_id: str) -> RunReport: ...
+
+    async def stop(self, submission_id: str) -> None:
+        """Ask it to stop; one that is unknown or over is fine."""
+        ...
+
+    async def logs(self, submission_id: str, lines: int) -> list[str]:
+        """The last lines of its output; empty when they cannot be had."""
+        ...
+
+    async def status(self) -> dict[str, Any]:
+        """`{"available": bool, "reason": str | None, "resources": {...total and used...}, "nodes": int}`; never raises."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReleaseSpec:
+    """The desired state of one deployment's objects. `name` and `deployment_id` are compared before anything is touched."""
+
+    name: str
+    deployment_id: str
+    generation: int
+    kind: DeploymentKind
+    client_code: str
+    model: str
+    """The name it is served under."""
+    base_model: str
+    weights_path: Path | None
+    """Folder of fine-tuned weights; None serves the base model."""
+    gpu_count: int
+    min_replicas: int
+    max_replicas: int
+    prometheus_threshold: float
+
+
+class ReleaseState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class ReleaseReport:
+    name: str
+    deployment_id: str
+    generation: int
+    state: ReleaseState
+    replicas: int = 0
+    """Replicas that answer."""
+    endpoints: list[str] = field(default_factory=list)
+    """Base URLs of the replicas that answer, e.g. `http://127.0.0.1:41234`."""
+    message: str = ""
+
+
+class ServingDriver(Protocol):
+    """Keeps model servers running. Level-based: `apply` may be called again and again with the same or a newer spec."""
+
+    async def apply(self, spec: ReleaseSpec) -> None:
+        """Create, change or repair what `spec` asks for. Raises `Refused` (for good) or `Unavailable`; `Conflict` when
+        the name belongs to another deployment or to a newer generation."""
+        ...
+
+    async def observe(self, name: str) -> ReleaseReport | None: ...
+
+    async def remove(self, name: str, deployment_id: str, generation: int) -> None:
+        """Remove the objects of this deployment up to this generation; absent is fine, another's are left alone."""
+        ...
+
+    def list(self) -> AsyncIterator[ReleaseReport]: ...

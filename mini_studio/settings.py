@@ -1,0 +1,169 @@
+"""Every setting of the studio. Environment variables: `MINI_STUDIO_<SECTION>__<NAME>`, for instance `MINI_STUDIO_API__PORT`.
+
+A running studio writes where its parts listen to `<data>/run/studio.json`; other commands with the same `MINI_STUDIO_DATA`
+read it, below the environment and above the defaults.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, SecretStr
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+def run_file(data: Path) -> Path:
+    """Where the launcher of the studio in `data` says which addresses its parts have."""
+    return data / "run" / "studio.json"
+
+
+class Api(BaseModel):
+    host: str = Field("127.0.0.1", description="Address the REST API listens on.")
+    port: int = Field(8000, ge=1, le=65535, description="Port of the REST API.")
+    deploy_wait_s: float = Field(
+        20.0, ge=0, description="How long a deploy request waits for the first status before it answers 202."
+    )
+    upstream_connect_s: float = Field(2.0, gt=0, description="Time to connect to a model server.")
+    upstream_read_s: float = Field(300.0, gt=0, description="Longest silence of a model server while it answers.")
+    max_body_bytes: int = Field(
+        16 * MIB, gt=0, description="Largest JSON body accepted (uploads have their own limit)."
+    )
+
+
+class Kafka(BaseModel):
+    bootstrap: str = Field("127.0.0.1:9092", description="Bootstrap servers, comma separated.")
+    partitions: int = Field(3, ge=1, description="Partitions of a topic that the studio creates.")
+    replication: int = Field(1, ge=1, description="Replicas of a topic that the studio creates.")
+    idempotent: bool = Field(
+        False, description="Idempotent producer; the embedded broker has none, Apache Kafka should use it."
+    )
+    publish_timeout_s: float = Field(
+        5.0, gt=0, description="A publish that takes longer is unknown and is tried again."
+    )
+    session_timeout_ms: int = Field(10_000, description="A consumer that is silent longer loses its partitions.")
+    refill: bool = Field(False, description="The broker starts empty: refill its topics from the journal.")
+
+
+class Records(BaseModel):
+    sqlite: Path | None = Field(None, description="The record file; by default `records.sqlite` in the data folder.")
+    busy_timeout_s: float = Field(2.0, gt=0, description="How long a write waits for another process's lock.")
+
+
+class S3(BaseModel):
+    endpoint: str | None = Field("http://127.0.0.1:9000", description="S3 endpoint; empty for AWS itself.")
+    bucket: str = Field("mini-studio", description="Bucket of the datasets.")
+    region: str = Field("us-east-1", description="Region of the bucket.")
+    access_key: str | None = Field(None, description="Access key; empty for the usual AWS credentials chain.")
+    secret_key: SecretStr | None = Field(None, description="Secret key.")
+
+
+class Uploads(BaseModel):
+    max_bytes: int = Field(4 * 1024 * MIB, gt=0, description="Largest dataset file.")
+    max_line_bytes: int = Field(1 * MIB, gt=0, description="Longest line of a dataset.")
+    max_depth: int = Field(32, gt=0, description="Deepest nesting of a line's JSON.")
+    max_errors: int = Field(20, gt=0, description="Errors reported of an invalid dataset.")
+    sweep_after_s: float = Field(
+        3600.0, gt=0, description="Age at which stored bytes that no record names are deleted."
+    )
+
+
+class Training(BaseModel):
+    ray_address: str = Field("http://127.0.0.1:8265", description="Address of Ray's HTTP API (Jobs and state).")
+    ray_timeout_s: float = Field(5.0, gt=0, description="Longest wait for one answer of Ray.")
+    max_running: int = Field(1, ge=1, description="Trainings that run at once; the others wait in our own queue.")
+    threads: int = Field(
+        default_factory=lambda: max(1, os.cpu_count() or 1), ge=1, description="CPU threads of one training."
+    )
+    max_attempts: int = Field(
+        3, ge=1, description="Attempts at one job before it fails for good (lost workers, restarts)."
+    )
+    poll_s: float = Field(0.5, gt=0, description="How often a running attempt's folder is read.")
+    lost_after_s: float = Field(30.0, gt=0, description="Silence of a trainer after which its attempt counts as lost.")
+    start_timeout_s: float = Field(120.0, gt=0, description="Time from submit to the trainer's first sign of life.")
+    lora_over_parameters: int = Field(
+        20_000_000, ge=0, description="Larger models are trained with LoRA unless told otherwise."
+    )
+
+
+class Serving(BaseModel):
+    driver: Literal["local_process"] = Field("local_process", description="What runs the model servers.")
+    poll_s: float = Field(1.0, gt=0, description="How often the reconciler compares desired and observed state.")
+    ready_timeout_s: float = Field(900.0, gt=0, description="Time from applied to ready before a deployment fails.")
+    threads: int = Field(
+        default_factory=lambda: max(1, os.cpu_count() or 1), ge=1, description="CPU threads of a local model server."
+    )
+    max_restarts: int = Field(5, ge=1, description="Crashes in a row after which a local deployment fails.")
+
+
+class Log(BaseModel):
+    format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: readable on a terminal, JSON when piped."
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level that is logged."
+    )
+
+
+class RunFileSource(PydanticBaseSettingsSource):
+    """Reads `<data>/run/studio.json`, which a running studio's launcher wrote."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        data = self.current_state.get("data") or os.environ.get("MINI_STUDIO_DATA") or ".studio"
+        try:
+            content = json.loads(run_file(Path(data)).read_text())
+        except (OSError, ValueError):
+            return {}
+        return content.get("settings", {}) if isinstance(content, dict) else {}
+
+
+class Settings(BaseSettings):
+    """The studio's settings; every default works on one machine."""
+
+    model_config = SettingsConfigDict(env_prefix="MINI_STUDIO_", env_nested_delimiter="__", extra="ignore")
+
+    data: Path = Field(Path(".studio"), description="Folder of everything the studio keeps on this machine.")
+    models_root: Path | None = Field(
+        None, description="Root of base models and fine-tuned weights; by default `models` in the data folder."
+    )
+    dfs_root: Path | None = Field(
+        None, description="Root of the shared file system; by default `dfs` in the data folder."
+    )
+    api: Api = Field(default_factory=Api)
+    kafka: Kafka = Field(default_factory=Kafka)
+    records: Records = Field(default_factory=Records)
+    s3: S3 = Field(default_factory=S3)
+    uploads: Uploads = Field(default_factory=Uploads)
+    training: Training = Field(default_factory=Training)
+    serving: Serving = Field(default_factory=Serving)
+    log: Log = Field(default_factory=Log)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, RunFileSource(settings_cls)
+
+    @property
+    def models(self) -> Path:
+        """Absolute root of all model folders."""
+        return (self.models_root or self.data / "models").resolve()
+
+    @property
+    def dfs(self) -> Path:
+        """Absolute root of the shared file system."""
+        return (self.dfs_root or self.data / "dfs").resolve()
+
+    @property
+    def record_file(self) -> Path:
+        return (self.records.sqlite or self.data / "records.sqlite").resolve()
