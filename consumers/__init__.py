@@ -1,0 +1,1 @@
+"""The independent consumers. Each module declares one; `app` runs any of them."""

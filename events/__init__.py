@@ -1,0 +1,1 @@
+"""What happened: facts, their envelope and their topics. Imports no I/O library and nothing of the REST schemas."""

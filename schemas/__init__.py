@@ -1,0 +1,1 @@
+"""REST models. `published/` holds what is generated from them and from the events."""

@@ -1,0 +1,78 @@
+"""The REST application."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+import httpx
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from api import errors, fine_tuning, inference
+from api.deps import Routes, TheStudio
+from api.requests import RequestContext
+from mini_studio.bus.routes import RouteFeed, RouteTable
+from mini_studio.settings import Settings
+from mini_studio.wiring import DECIDED_BY, open_studio
+
+MAX_CONNECTIONS = 1000
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; its parts open when it starts and close when it stops."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        timeout = httpx.Timeout(settings.api.upstream_read_s, connect=settings.api.upstream_connect_s, pool=5.0)
+        limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
+        async with (
+            open_studio(settings, relayed=DECIDED_BY["api"]) as studio,
+            httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as upstream,
+        ):
+            app.state.studio, app.state.upstream, app.state.routes = studio, upstream, RouteTable()
+            feed = asyncio.create_task(RouteFeed(settings.kafka, app.state.routes, studio.broker_epoch).run())
+            yield
+            feed.cancel()
+            await asyncio.gather(feed, return_exceptions=True)
+
+    app = FastAPI(
+        title="Mini Studio",
+        version=version("mini-studio"),
+        summary="Self-hosted fine-tuning and serving of language models, event-driven over Kafka.",
+        lifespan=lifespan,
+    )
+    app.add_middleware(RequestContext, max_body_bytes=settings.api.max_body_bytes)
+    errors.install(app)
+    app.include_router(fine_tuning.router)
+    app.include_router(inference.router)
+    app.add_api_route("/", welcome, tags=["studio"])
+    app.add_api_route("/health", health, tags=["studio"])
+    app.add_api_route("/metrics", metrics, tags=["studio"], response_class=Response)
+    return app
+
+
+async def welcome() -> dict[str, object]:
+    """Where to go next."""
+    return {"ok": True, "message": "Welcome to Mini Studio", "docs": "/docs", "health": "/health"}
+
+
+async def health(studio: TheStudio, routes: Routes) -> JSONResponse:
+    """`ok`, or `degraded` with the reasons: requests are accepted all the same."""
+    problems: dict[str, str] = {}
+    if studio.relay.problem:
+        problems["broker"] = studio.relay.problem
+    if not routes.loaded:
+        problems["routes"] = "the routes are still being read"
+    try:
+        await studio.store.read_journal(limit=1)
+    except Exception as error:
+        problems["records"] = str(error)
+    status = "degraded" if problems else "ok"
+    return JSONResponse({"ok": True, "status": status, "problems": problems})
+
+
+async def metrics() -> Response:
+    """Prometheus metrics of this process."""
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,132 @@
+"""What a deployment request does behind its handler: choose the identity and the name, then wait, bounded, for the first status."""
+
+import asyncio
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fastapi import Response
+
+from events.base import Cause
+from events.deployments import DeployRequested
+from events.types import DeploymentKind, DeploymentStatus
+from mini_studio.errors import Conflict, Invalid, NotFound, Refused
+from mini_studio.records.deployments import Deployment, deployment_id, readable_name, removal
+from mini_studio.records.idempotency import fingerprint
+from mini_studio.records.jobs import Job
+from mini_studio.records.projection import timestamp
+from mini_studio.records.record import ANYONE
+from mini_studio.wiring import Studio
+from schemas.inference import BaseModelDeployRequest, DeployResponse, DeployScale, FineTunedDeployRequest
+
+LOOK_EVERY_S = 0.05
+
+
+async def claim(studio: Studio, body: DeployScale, tenant: str, key: str | None, cause: Cause) -> None:
+    """Tie an Idempotency-Key to this body."""
+    if key:
+        value = fingerprint(type(body).__name__, body.model_dump_json())
+        await studio.keys.claim(tenant, "deploy", key, value, cause=cause, at=timestamp(datetime.now(UTC)))
+
+
+def base_event(body: BaseModelDeployRequest) -> DeployRequested:
+    kind = DeploymentKind.BASE
+    return DeployRequested(
+        deployment_id=deployment_id(body.client_code, kind, body.model_id, None),
+        generation=1,
+        name=readable_name(kind, body.client_code, body.model_id),
+        kind=kind,
+        model=body.model_id,
+        base_model=body.model_id,
+        scale=body.scale(),
+    )
+
+
+async def fine_tuned_event(body: FineTunedDeployRequest, studio: Studio) -> DeployRequested:
+    """The request for weights below the client's own folder; the job that made them names the model."""
+    kind, path = DeploymentKind.FINE_TUNED, confined(body, studio)
+    job = await job_of(path, body.client_code, studio)
+    if job is not None and job.model != body.base_model:
+        raise Invalid(f"base_model: these weights were trained from {job.model!r}, not {body.base_model!r}")
+    model = job.fine_tuned_model if job else f"ft:{body.base_model}:{body.client_code}:{weights_label(path)}"
+    return DeployRequested(
+        deployment_id=deployment_id(body.client_code, kind, body.base_model, str(path)),
+        generation=1,
+        name=readable_name(kind, body.client_code, body.base_model),
+        kind=kind,
+        model=model,
+        base_model=body.base_model,
+        weights_path=str(path),
+        scale=body.scale(),
+    )
+
+
+def confined(body: FineTunedDeployRequest, studio: Studio) -> Path:
+    """The path, if it names an existing folder below the client's own; links are followed first."""
+    own = studio.settings.models / body.client_code
+    given = body.fine_tuned_weights_path
+    hint = f"must be a folder below {own}, as a succeeded job's fine_tuned_weights_path is"
+    if "\x00" in given or not given.startswith("/"):
+        raise Invalid(f"fine_tuned_weights_path: {hint}")
+    path = Path(os.path.normpath(given))
+    real = Path(os.path.realpath(path))
+    if own not in path.parents or own not in real.parents or not real.is_dir():
+        raise Invalid(f"fine_tuned_weights_path: {hint}; there is none at {given[:300]!r}")
+    return path
+
+
+async def job_of(path: Path, tenant: str, studio: Studio) -> Job | None:
+    found = await studio.jobs.where(limit=1, fine_tuned_weights_path=str(path), client_code=tenant)
+    return found[0] if found else None
+
+
+def weights_label(path: Path) -> str:
+    """A model-name part made of the folder's name."""
+    kept = "".join(c if c.isalnum() and c.isascii() else "-" for c in path.name).strip("-")
+    return kept[:60] or "weights"
+
+
+async def answer(deployment: Deployment, studio: Studio, response: Response, prefer: str | None) -> DeployResponse:
+    """Wait for the first status of this generation, unless the caller does not want to."""
+    if "respond-async" not in (prefer or ""):
+        deployment = await first_status(deployment, studio)
+    if deployment.status is DeploymentStatus.FAILED:
+        raise Refused(f"{deployment.name}: {deployment.message}")
+    deploying = deployment.status is DeploymentStatus.DEPLOYING
+    url = f"/inference/deployments/{deployment.name}"
+    if deployment.client_code:
+        url += f"?client_code={deployment.client_code}"
+    if deploying:
+        response.status_code = 202
+        response.headers["Location"] = url
+    return DeployResponse(
+        status="deploying" if deploying else "deployed",
+        deployment=deployment.name,
+        model=deployment.model,
+        status_url=url,
+    )
+
+
+async def first_status(deployment: Deployment, studio: Studio) -> Deployment:
+    deadline = time.monotonic() + studio.settings.api.deploy_wait_s
+    while deployment.status is DeploymentStatus.DEPLOYING and time.monotonic() < deadline:
+        await asyncio.sleep(LOOK_EVERY_S)
+        deployment = await studio.deployments.get(ANYONE, deployment.id) or deployment
+    return deployment
+
+
+async def visible(name: str, tenant: str, studio: Studio) -> Deployment:
+    """The deployment if it is shared or the tenant's own."""
+    deployment = await studio.deployments.named(name)
+    if deployment is None or deployment.client_code not in ("", tenant):
+        raise NotFound(f"there is no deployment {name!r} for client {tenant!r}; give client_code or X-User-ID")
+    return deployment
+
+
+async def remove(name: str, tenant: str, studio: Studio, cause: Cause) -> Deployment:
+    deployment = await visible(name, tenant, studio)
+    if deployment.status is DeploymentStatus.REMOVED:
+        raise Conflict(f"deployment {name!r} is removed already")
+    changed = await studio.deployments.change(deployment.id, lambda present: removal(present, cause))
+    return changed or deployment

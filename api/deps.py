@@ -1,0 +1,46 @@
+"""What handlers are given, as `Annotated` aliases."""
+
+from typing import Annotated, cast
+
+import httpx
+from fastapi import Depends, Header, Request
+
+from events.base import Cause
+from events.types import CLIENT_CODE_PATTERN
+from mini_studio.bus.routes import RouteTable
+from mini_studio.wiring import Studio
+
+
+def studio(request: Request) -> Studio:
+    return cast("Studio", request.app.state.studio)
+
+
+def route_table(request: Request) -> RouteTable:
+    return cast("RouteTable", request.app.state.routes)
+
+
+def upstream(request: Request) -> httpx.AsyncClient:
+    return cast("httpx.AsyncClient", request.app.state.upstream)
+
+
+def cause(request: Request) -> Cause:
+    return cast("Cause", request.state.cause)
+
+
+TheStudio = Annotated[Studio, Depends(studio)]
+Routes = Annotated[RouteTable, Depends(route_table)]
+UpstreamClient = Annotated[httpx.AsyncClient, Depends(upstream)]
+TheCause = Annotated[Cause, Depends(cause)]
+UserId = Annotated[
+    str | None,
+    Header(alias="X-User-ID", pattern=CLIENT_CODE_PATTERN, description="The client; decides which routes it sees."),
+]
+IdempotencyHeader = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        description="The same key and body give the same result, made once.",
+    ),
+]

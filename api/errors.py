@@ -1,0 +1,97 @@
+"""The one place that turns errors into HTTP: every failure is `{"ok": false, "error": "<text>", "code": ..., "details": [...]}`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from mini_studio.errors import Invalid, StudioError
+from schemas.fine_tuning import ErrorResponse
+
+log = structlog.get_logger(__name__)
+
+RETRY_AFTER_S = 2
+SHOWN_LENGTH = 300
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers."""
+    app.add_exception_handler(StudioError, studio_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, surprise)
+
+
+def answer(
+    request: Request,
+    status: int,
+    code: str,
+    message: str,
+    details: Sequence[dict[str, Any]] = (),
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    body = ErrorResponse(
+        error=message, code=code, details=list(details), request_id=getattr(request.state, "request_id", None)
+    )
+    return JSONResponse(body.model_dump(), status, headers=headers)
+
+
+async def studio_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StudioError)  # noqa: S101
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
+    return answer(request, error.status, error.code, error.message, error.details, headers)
+
+
+async def validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError | ValidationError)  # noqa: S101
+    invalid = invalid_from(error)
+    return answer(request, invalid.status, invalid.code, invalid.message, invalid.details)
+
+
+def invalid_from(error: RequestValidationError | ValidationError) -> Invalid:
+    """One `Invalid` that names each field."""
+    details = [{"field": field_of(e["loc"]), "message": message_of(e)} for e in error.errors()]
+    text = "; ".join(f"{d['field']}: {d['message']}" if d["field"] else d["message"] for d in details)
+    return Invalid(text[:2000], details=details)
+
+
+def field_of(location: Sequence[int | str]) -> str:
+    parts = [str(part) for part in location]
+    if parts and parts[0] in ("body", "path", "query", "header"):
+        parts = parts[1:]
+    return ".".join(parts)[:SHOWN_LENGTH]
+
+
+def message_of(error: Any) -> str:
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error.get('ctx', {}).get('error', '')}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "string_pattern_mismatch":
+        return f"{message}; got {str(error['input'])[:80]!r}"
+    return message
+
+
+async def http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101
+    texts = {
+        404: f"there is no {request.url.path[:200]}; GET /docs lists the endpoints",
+        405: f"{request.method} is not allowed on {request.url.path[:200]}",
+    }
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    message = texts.get(error.status_code, str(error.detail)) if error.detail in GENERIC else str(error.detail)
+    return answer(
+        request, error.status_code, codes.get(error.status_code, "http_error"), message, headers=error.headers
+    )
+
+
+GENERIC = ("Not Found", "Method Not Allowed")
+
+
+async def surprise(request: Request, error: Exception) -> JSONResponse:
+    log.error("request.failed", path=request.url.path, exc_info=error)
+    return answer(request, 500, "internal", "something went wrong inside the studio; its log has the details")

@@ -1,0 +1,109 @@
+"""Datasets and fine-tuning jobs."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request
+from pydantic import ValidationError
+
+from api import submissions
+from api.deps import IdempotencyHeader, TheCause, TheStudio, UserId
+from api.errors import invalid_from
+from api.uploads import read_multipart
+from events.types import ClientCode, JobId
+from mini_studio.errors import NotFound
+from mini_studio.records.record import ANYONE
+from schemas.fine_tuning import (
+    ClusterStatusResponse,
+    DatasetUploadResponse,
+    ErrorResponse,
+    FineTuningJobRequest,
+    JobListResponse,
+    JobResponse,
+    JobView,
+)
+
+router = APIRouter(
+    prefix="/fine_tuning",
+    tags=["fine-tuning"],
+    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+)
+
+FILE = {"type": "string", "format": "binary"}
+UPLOAD_BODY = {
+    "content": {
+        "multipart/form-data": {"schema": {"type": "object", "required": ["file"], "properties": {"file": FILE}}}
+    },
+    "required": True,
+}
+
+
+@router.get("/cluster-status")
+async def cluster_status(studio: TheStudio) -> ClusterStatusResponse:
+    """Ray's resources, or why they cannot be had."""
+    return ClusterStatusResponse(status=await studio.cluster.status())
+
+
+@router.get("/jobs/client/{client_code}")
+async def list_jobs(
+    client_code: ClientCode,
+    studio: TheStudio,
+    user: UserId = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: JobId | None = None,
+) -> JobListResponse:
+    """The client's jobs, newest first."""
+    submissions.check_tenant(user, client_code)
+    found = await studio.jobs.page(client_code, limit=limit + 1, after=after)
+    jobs = [JobView.model_validate(job) for job in found[:limit]]
+    return JobListResponse(jobs=jobs, has_more=len(found) > limit, last_id=jobs[-1].id if jobs else None)
+
+
+@router.get("/jobs/{job_id}")
+async def get_job(job_id: Annotated[str, Path(max_length=200)], studio: TheStudio, user: UserId = None) -> JobResponse:
+    """One job; with `X-User-ID`, only if it is that client's."""
+    job = await studio.jobs.get(user or ANYONE, job_id)
+    if job is None:
+        raise NotFound(f"there is no job {job_id!r}")
+    return JobResponse(job=JobView.model_validate(job))
+
+
+@router.post("/upload-dataset/{client_code}", status_code=201, openapi_extra={"requestBody": UPLOAD_BODY})
+async def upload_dataset(
+    client_code: ClientCode, request: Request, studio: TheStudio, cause: TheCause, key: IdempotencyHeader = None
+) -> DatasetUploadResponse:
+    """Upload JSON lines: all `prompt`/`completion`, or all chat `messages`. Checked line by line as it streams in."""
+    async with submissions.receiving(studio) as intake:
+        form = await read_multipart(request, on_chunk=intake.write, limits=studio.settings.uploads, file_field="file")
+        await intake.finish()
+    dataset = await submissions.add_dataset(studio, client_code, intake, form.filename, cause, key)
+    return submissions.dataset_view(dataset)
+
+
+@router.post(
+    "/submit-finetune",
+    status_code=201,
+    openapi_extra={
+        "requestBody": {
+            "content": {
+                "application/json": {"schema": FineTuningJobRequest.model_json_schema()},
+                "multipart/form-data": {
+                    "schema": submissions.multipart_schema(FineTuningJobRequest, "dataset_filename")
+                },
+            },
+            "required": True,
+        }
+    },
+)
+async def submit_finetune(
+    request: Request, studio: TheStudio, cause: TheCause, key: IdempotencyHeader = None
+) -> JobResponse:
+    """Queue a fine-tune of a known dataset, or of a file in the same (multipart) request; follow it at its job."""
+    try:
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            job = await submissions.submit_form(request, studio, cause, key)
+        else:
+            body = FineTuningJobRequest.model_validate_json(await submissions.json_body(request, studio))
+            job = await submissions.submit(body, studio, cause, key)
+    except ValidationError as error:
+        raise invalid_from(error) from None
+    return JobResponse(job=JobView.model_validate(job))

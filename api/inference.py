@@ -1,0 +1,106 @@
+"""Deployments, and the proxy to them."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from api import deploying, proxy
+from api.deps import IdempotencyHeader, Routes, TheCause, TheStudio, UpstreamClient, UserId
+from events.types import DeploymentId, DeploymentName, Owner
+from schemas.fine_tuning import ErrorResponse
+from schemas.inference import (
+    BaseModelDeployRequest,
+    DeploymentListResponse,
+    DeploymentResponse,
+    DeploymentView,
+    DeployResponse,
+    FineTunedDeployRequest,
+)
+
+router = APIRouter(
+    prefix="/inference",
+    tags=["inference"],
+    responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
+)
+
+Prefer = Annotated[str | None, Header(description="`respond-async`: answer 202 at once.")]
+
+
+@router.post("/deploy/base")
+async def deploy_base(
+    body: BaseModelDeployRequest,
+    response: Response,
+    studio: TheStudio,
+    cause: TheCause,
+    key: IdempotencyHeader = None,
+    prefer: Prefer = None,
+) -> DeployResponse:
+    """Serve a base model, for one client or (empty `client_code`) for all."""
+    await deploying.claim(studio, body, body.client_code, key, cause)
+    event = deploying.base_event(body)
+    deployment = await studio.deployments.request(body.client_code, event, cause)
+    return await deploying.answer(deployment, studio, response, prefer)
+
+
+@router.post("/deploy/fine_tuned")
+async def deploy_fine_tuned(
+    body: FineTunedDeployRequest,
+    response: Response,
+    studio: TheStudio,
+    cause: TheCause,
+    key: IdempotencyHeader = None,
+    prefer: Prefer = None,
+) -> DeployResponse:
+    """Serve a client's fine-tuned weights."""
+    event = await deploying.fine_tuned_event(body, studio)
+    await deploying.claim(studio, body, body.client_code, key, cause)
+    deployment = await studio.deployments.request(body.client_code, event, cause)
+    return await deploying.answer(deployment, studio, response, prefer)
+
+
+@router.get("/deployments")
+async def list_deployments(
+    studio: TheStudio,
+    user: UserId = None,
+    client_code: Owner = "",
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: DeploymentId | None = None,
+) -> DeploymentListResponse:
+    """A client's own deployments, or (empty `client_code`) those that all share; newest first."""
+    found = await studio.deployments.page(user or client_code, limit=limit + 1, after=after)
+    views = [DeploymentView.model_validate(deployment) for deployment in found[:limit]]
+    return DeploymentListResponse(
+        deployments=views, has_more=len(found) > limit, last_id=views[-1].id if views else None
+    )
+
+
+@router.get("/deployments/{name}")
+async def get_deployment(
+    name: DeploymentName, studio: TheStudio, user: UserId = None, client_code: Owner = ""
+) -> DeploymentResponse:
+    """One deployment: shared, or the client's own."""
+    deployment = await deploying.visible(name, user or client_code, studio)
+    return DeploymentResponse(deployment=DeploymentView.model_validate(deployment))
+
+
+@router.delete("/deployments/{name}", status_code=202)
+async def delete_deployment(
+    name: DeploymentName, studio: TheStudio, cause: TheCause, user: UserId = None, client_code: Owner = ""
+) -> DeploymentResponse:
+    """Stop serving it. Its name and identity stay its own."""
+    deployment = await deploying.remove(name, user or client_code, studio, cause)
+    return DeploymentResponse(deployment=DeploymentView.model_validate(deployment))
+
+
+@router.post("/infer/{model_name:path}", response_class=StreamingResponse)
+async def infer(
+    model_name: Annotated[str, Path(max_length=300)],
+    request: Request,
+    routes: Routes,
+    client: UpstreamClient,
+    user: UserId = None,
+) -> Response:
+    """Forward the JSON body to the model's `/predict`; the answer is passed on as it is, streamed both ways."""
+    route = proxy.route_for(routes, user, model_name)
+    return await proxy.forward(request, route, client)

@@ -1,0 +1,73 @@
+"""The inference proxy: route by model and client from memory, stream the request up and the answer down."""
+
+import itertools
+from collections.abc import AsyncIterator
+
+import httpx
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.background import BackgroundTask
+
+from events.types import DeploymentStatus
+from mini_studio.bus.routes import RouteTable
+from mini_studio.errors import NotFound, NotReady, Upstream, UpstreamTimeout
+from mini_studio.records.routes import Route
+
+PASSED_UP = ("content-type", "accept", "x-request-id", "traceparent", "content-length")
+KEPT_BACK = frozenset(
+    (
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "date",
+        "server",
+    )
+)
+"""Headers of one connection (RFC 9110, 7.6.1), and those our own server writes."""
+_turn = itertools.count()
+
+
+def route_for(routes: RouteTable, user: str | None, model: str) -> Route:
+    """The route, if it can take a request now."""
+    route = routes.lookup(user, model)
+    if route is None and not routes.loaded:
+        raise NotReady("the routes are still being read; try again shortly")
+    if route is None:
+        who = f"client {user!r}" if user else "callers without X-User-ID"
+        raise NotFound(f"no model {model[:200]!r} is deployed for {who}; see GET /inference/deployments")
+    if route.status is DeploymentStatus.FAILED:
+        raise NotReady(f"deployment {route.name} failed: {route.message}")
+    if not route.endpoints:
+        raise NotReady(f"deployment {route.name} is not ready yet; try again shortly")
+    return route
+
+
+async def forward(request: Request, route: Route, client: httpx.AsyncClient) -> StreamingResponse:
+    """One request to one of the route's endpoints."""
+    endpoint = route.endpoints[next(_turn) % len(route.endpoints)]
+    headers = {name: request.headers[name] for name in PASSED_UP if name in request.headers}
+    headers["x-request-id"] = request.state.request_id
+    upstream = client.build_request("POST", endpoint + route.predict_path, headers=headers, content=request.stream())
+    try:
+        response = await client.send(upstream, stream=True)
+    except httpx.TimeoutException:
+        raise UpstreamTimeout(f"deployment {route.name} did not answer in time") from None
+    except httpx.HTTPError as error:
+        raise Upstream(f"deployment {route.name} failed to answer: {error or type(error).__name__}") from None
+    passed = {name: value for name, value in response.headers.items() if name.lower() not in KEPT_BACK}
+    return StreamingResponse(
+        _body(response), response.status_code, headers=passed, background=BackgroundTask(response.aclose)
+    )
+
+
+async def _body(response: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in response.aiter_raw():
+            yield chunk
+    finally:
+        # Also when the client hung up: closing the connection stops the generation.
+        await response.aclose()

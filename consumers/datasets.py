@@ -1,0 +1,75 @@
+"""Consumer `datasets`: reads both stored copies of an upload back, and profiles it."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+
+from events.base import Envelope
+from events.datasets import DatasetProfiled, DatasetUploaded
+from mini_studio.bus.consumer import Consumer
+from mini_studio.errors import NotFound
+from mini_studio.records.datasets import DatasetProfile
+from mini_studio.records.projection import timestamp
+from mini_studio.records.record import ANYONE
+from mini_studio.records.store import DuplicateRecord
+from mini_studio.wiring import Studio
+
+consumer = Consumer("datasets")
+CHARACTERS_PER_TOKEN = 4
+"""OpenAI's rule of thumb for English; a job reports the exact count of its own tokenizer."""
+
+
+@consumer.on(DatasetUploaded)
+async def profile(envelope: Envelope[DatasetUploaded], studio: Studio) -> None:
+    """Compare both copies with what was received, and publish what is in them."""
+    await studio.datasets.apply(envelope)
+    if await studio.profiles.get(ANYONE, envelope.subject) is not None:
+        return
+    event = await examine(envelope, studio)
+    record = DatasetProfile(
+        id=envelope.subject,
+        client_code=envelope.client_code,
+        created_at=timestamp(envelope.time),
+        cause=envelope.follows(),
+    )
+    try:
+        await studio.profiles.insert(record.deciding(event))
+    except DuplicateRecord:
+        return
+
+
+@consumer.on(DatasetProfiled)
+async def project(envelope: Envelope[DatasetProfiled], studio: Studio) -> None:
+    """Show the profile in the dataset's record."""
+    await studio.datasets.apply(envelope)
+
+
+async def examine(envelope: Envelope[DatasetUploaded], studio: Studio) -> DatasetProfiled:
+    """Read both copies once."""
+    uploaded = envelope.data
+    key = studio.intake.key(envelope.client_code, uploaded.dataset_id)
+    damaged = []
+    for name, store in (("shared file system", studio.dfs), ("S3", studio.s3)):
+        if await digest(store.read(key)) != uploaded.sha256:
+            damaged.append(f"the copy on {name} ({store.location(key)}) is missing or not what was uploaded")
+    message = "; ".join(damaged) + ": upload the dataset again." if damaged else None
+    return DatasetProfiled(
+        dataset_id=uploaded.dataset_id,
+        state="damaged" if damaged else "verified",
+        message=message,
+        rows=uploaded.rows,
+        characters=uploaded.characters,
+        longest_line_bytes=uploaded.longest_line_bytes,
+        tokens_estimated=-(-uploaded.characters // CHARACTERS_PER_TOKEN),
+    )
+
+
+async def digest(chunks: AsyncIterator[bytes]) -> str | None:
+    """SHA-256 of a stored copy; None when it is not there."""
+    sha256 = hashlib.sha256()
+    try:
+        async for chunk in chunks:
+            await asyncio.to_thread(sha256.update, chunk)
+    except NotFound:
+        return None
+    return sha256.hexdigest()

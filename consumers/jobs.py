@@ -1,0 +1,23 @@
+"""Consumer `jobs`: job records follow the log."""
+
+from typing import Any
+
+from events.base import Envelope
+from events.fine_tuning import (
+    FineTuneFailed,
+    FineTuneProgressed,
+    FineTuneQueued,
+    FineTuneRequested,
+    FineTuneStarted,
+    FineTuneSucceeded,
+)
+from mini_studio.bus.consumer import Consumer
+from mini_studio.wiring import Studio
+
+consumer = Consumer("jobs")
+
+
+@consumer.on(FineTuneRequested, FineTuneQueued, FineTuneStarted, FineTuneProgressed, FineTuneSucceeded, FineTuneFailed)
+async def project(envelope: Envelope[Any], studio: Studio) -> None:
+    """Apply the event to its job record."""
+    await studio.jobs.apply(envelope)

@@ -1,0 +1,49 @@
+"""Consumer `routes`: deployment records and the gateways' routes follow the log."""
+
+from typing import Any
+
+from events.base import Envelope
+from events.deployments import (
+    DeploymentApplied,
+    DeploymentFailed,
+    DeploymentReady,
+    DeploymentRemoved,
+    DeployRequested,
+    UndeployRequested,
+)
+from mini_studio.bus.consumer import Consumer
+from mini_studio.records.deployments import Deployment
+from mini_studio.records.record import ANYONE
+from mini_studio.records.routes import RouteRecord
+from mini_studio.records.store import DuplicateRecord
+from mini_studio.wiring import Studio
+
+consumer = Consumer("routes")
+
+
+@consumer.on(
+    DeployRequested, UndeployRequested, DeploymentApplied, DeploymentReady, DeploymentFailed, DeploymentRemoved
+)
+async def project(envelope: Envelope[Any], studio: Studio) -> None:
+    """Apply the event to its deployment record, and publish the route if that changed it."""
+    await studio.deployments.apply(envelope)
+    deployment = await studio.deployments.get(ANYONE, envelope.subject)
+    if deployment is not None:
+        await follow(deployment, studio)
+
+
+async def follow(deployment: Deployment, studio: Studio) -> None:
+    """Bring the route in line with the deployment, again even after a crash between the two writes."""
+    if await studio.routes.get(ANYONE, deployment.id) is None:
+        try:
+            await studio.routes.insert(RouteRecord.of(deployment))
+        except DuplicateRecord:
+            pass
+        else:
+            return
+    await studio.routes.change(deployment.id, lambda route: changed(route, deployment))
+
+
+def changed(route: RouteRecord, deployment: Deployment) -> RouteRecord | None:
+    following = route.following(deployment)
+    return None if following is route else following

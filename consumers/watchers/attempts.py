@@ -1,0 +1,161 @@
+"""The files of a training attempt, as the studio writes and reads them; `workloads.specs` draws the folder."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mini_studio.records.training_runs import TrainingRun
+from mini_studio.settings import Settings
+from workloads.specs import (
+    COMMITTED,
+    CURRENT_ATTEMPT,
+    MANIFEST,
+    PROGRESS,
+    SPEC,
+    WEIGHTS,
+    LoraSpec,
+    Manifest,
+    Progress,
+    TrainSpec,
+    attempt_dir,
+)
+
+HEARTBEAT = "heartbeat"
+KILLED_BY_SIGNAL = ("SIGKILL", "SIGTERM", "signal", "exit code -", "exit code 137", "exit code 143")
+
+
+def job_folder(run: TrainingRun, settings: Settings) -> Path:
+    """`<models root>/<client>/<job id>`; both parts have patterns without separators."""
+    return settings.models / run.client_code / run.id
+
+
+def folder(run: TrainingRun, settings: Settings) -> Path:
+    return attempt_dir(job_folder(run, settings), run.attempt)
+
+
+def final_path(run: TrainingRun, settings: Settings) -> Path:
+    """What users deploy."""
+    return job_folder(run, settings) / COMMITTED
+
+
+def train_spec(run: TrainingRun, settings: Settings) -> TrainSpec:
+    parameters = run.request.hyperparameters
+    lora = parameters.lora
+    return TrainSpec(
+        job_id=run.id,
+        attempt=run.attempt,
+        token=run.token,
+        base_model=run.request.base_model,
+        models_root=settings.models,
+        job_dir=job_folder(run, settings),
+        dataset_path=Path(run.request.dataset.dfs_path),
+        dataset_sha256=run.request.dataset.sha256,
+        n_epochs=parameters.n_epochs,
+        batch_size=parameters.batch_size,
+        learning_rate_multiplier=parameters.learning_rate_multiplier,
+        prompt_loss_weight=parameters.prompt_loss_weight,
+        seed=parameters.seed,
+        method=parameters.method,
+        lora=LoraSpec(**lora.model_dump()) if lora else None,
+        threads=settings.training.threads,
+    )
+
+
+def prepare(spec: TrainSpec) -> Path:
+    """Make the attempt's folder, hand it the job's token, and write its spec; the spec file's path."""
+    attempt = attempt_dir(spec.job_dir, spec.attempt)
+    attempt.mkdir(parents=True, exist_ok=True)
+    replace_file(spec.job_dir / CURRENT_ATTEMPT, spec.token)
+    replace_file(attempt / SPEC, spec.model_dump_json())
+    return attempt / SPEC
+
+
+def void(job_dir: Path, token: str) -> None:
+    """Take the token away, if the job still has it: whoever trains under it stops by itself."""
+    file = job_dir / CURRENT_ATTEMPT
+    with contextlib.suppress(FileNotFoundError):
+        if file.read_text() == token:
+            file.unlink()
+
+
+def read_progress(attempt: Path, offset: int) -> tuple[list[Progress], int]:
+    """Complete lines behind `offset`, and where they end. A line that is not ours is skipped."""
+    try:
+        with (attempt / PROGRESS).open("rb") as file:
+            file.seek(offset)
+            new = file.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = new[: new.rfind(b"\n") + 1]
+    lines = []
+    for line in whole.splitlines():
+        with contextlib.suppress(ValidationError):
+            lines.append(Progress.model_validate_json(line))
+    return lines, offset + len(whole)
+
+
+def has_more(attempt: Path, offset: int) -> bool:
+    return read_progress(attempt, offset)[1] > offset or (attempt / MANIFEST).exists()
+
+
+def last_sign_of_life(attempt: Path) -> float:
+    """Unix seconds of the newest heartbeat or progress; 0.0 when there was none."""
+    newest = 0.0
+    for name in (HEARTBEAT, PROGRESS):
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(newest, (attempt / name).stat().st_mtime)
+    return newest
+
+
+def manifest(attempt: Path) -> Manifest | None:
+    try:
+        return Manifest.model_validate_json((attempt / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def complete(attempt: Path, run: TrainingRun) -> bool:
+    """Whether the attempt's manifest is there, is this token's, and every file has the size it names."""
+    found = manifest(attempt)
+    if found is None or (found.job_id, found.token) != (run.id, run.token):
+        return False
+    return all(_size(attempt, entry.path) == entry.size_bytes for entry in found.files)
+
+
+def _size(attempt: Path, path: str) -> int | None:
+    for base in (attempt, attempt / WEIGHTS):
+        with contextlib.suppress(OSError):
+            return (base / path).stat().st_size
+    return None
+
+
+def publish(attempt: Path, run: TrainingRun) -> Manifest:
+    """Make the job's final path point at this attempt's weights. Repeating it changes nothing."""
+    found = manifest(attempt)
+    if found is None:
+        raise FileNotFoundError(f"{attempt / MANIFEST} of the committed attempt is gone")
+    target = Path("attempts") / str(run.attempt) / WEIGHTS
+    job_dir = attempt.parent.parent
+    temporary = job_dir / f".{COMMITTED}-{run.token}"
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    temporary.symlink_to(target)
+    temporary.replace(job_dir / COMMITTED)
+    return found
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
+
+
+def killed(message: str) -> bool:
+    """Whether the cluster says that the trainer's process was killed, rather than that it failed."""
+    return any(sign in message for sign in KILLED_BY_SIGNAL)

@@ -1,0 +1,104 @@
+"""Makes the serving driver have what the releases want, and reports what it sees."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import structlog
+
+from consumers.watchers import turn
+from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec, ReleaseState
+from mini_studio.errors import Conflict, Refused, Unavailable
+from mini_studio.records.releases import Release
+from mini_studio.wiring import Studio
+
+log = structlog.get_logger(__name__)
+
+IDLE_S = 10.0
+AT_ONCE = 8
+"""Releases that are reconciled at the same time."""
+
+
+async def watch(studio: Studio) -> None:
+    """Reconcile until cancelled."""
+    await turn(lambda: reconcile(studio), studio.releases_changed)
+
+
+async def reconcile(studio: Studio) -> float:
+    """One turn over all releases that are not settled; the seconds until the next one."""
+    releases = await studio.releases.where(settled=False)
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def one(release: Release) -> None:
+        async with slots:
+            with structlog.contextvars.bound_contextvars(
+                request_id=release.cause.correlation_id, subject=release.id, event_id=release.cause.causation_id
+            ):
+                await (keep(release, studio) if release.wanted else remove(release, studio))
+
+    await asyncio.gather(*(one(release) for release in releases))
+    return studio.settings.serving.poll_s if releases else IDLE_S
+
+
+def spec(release: Release) -> ReleaseSpec:
+    request = release.request
+    return ReleaseSpec(
+        name=request.name,
+        deployment_id=release.id,
+        generation=release.generation,
+        kind=request.kind,
+        client_code=release.client_code,
+        model=request.model,
+        base_model=request.base_model,
+        weights_path=Path(request.weights_path) if request.weights_path else None,
+        gpu_count=request.scale.gpu_count,
+        min_replicas=request.scale.min_replicas,
+        max_replicas=request.scale.max_replicas,
+        prometheus_threshold=request.scale.prometheus_threshold,
+    )
+
+
+async def keep(release: Release, studio: Studio) -> None:
+    """Apply, observe, report. What is away for now is tried again at the next turn."""
+    generation = release.generation
+    try:
+        await studio.serving.apply(spec(release))
+        seen = await studio.serving.observe(release.request.name)
+    except (Refused, Conflict) as error:
+        message = error.message
+        await studio.releases.change(release.id, lambda r: r.fail(generation, message, refused=True))
+        return
+    except Unavailable as error:
+        log.warning("serving.waiting", reason=error.message)
+        return
+    note = (seen.message if seen else "") or None
+    applied = await studio.releases.change(release.id, lambda r: r.applied(generation, time.time(), note))
+    await report(applied or release, seen, studio)
+
+
+async def report(release: Release, seen: ReleaseReport | None, studio: Studio) -> None:
+    """Say what changed since the last report."""
+    generation = release.generation
+    if seen is None or seen.generation != generation:
+        return
+    message = seen.message or None
+    match seen.state:
+        case ReleaseState.READY:
+            await studio.releases.change(release.id, lambda r: r.ready(generation, seen.endpoints, message))
+        case ReleaseState.FAILED:
+            await studio.releases.change(release.id, lambda r: r.fail(generation, seen.message))
+        case ReleaseState.STARTING:
+            await studio.releases.change(release.id, lambda r: r.restarting(generation, time.time(), message))
+            patience = studio.settings.serving.ready_timeout_s
+            if release.applied_at and time.time() - release.applied_at > patience:
+                late = f"It was not ready {patience:.0f} s after it was started. Last seen: {seen.message or 'nothing'}"
+                await studio.releases.change(release.id, lambda r: r.fail(generation, late))
+
+
+async def remove(release: Release, studio: Studio) -> None:
+    try:
+        await studio.serving.remove(release.request.name, release.id, release.generation)
+    except Unavailable as error:
+        log.warning("serving.waiting", reason=error.message)
+        return
+    await studio.releases.change(release.id, lambda r: r.removed(release.generation))

@@ -1,0 +1,118 @@
+"""A consumer: a FastStream app with its own group, whose handlers are registered per event type.
+
+training = Consumer("training")
+
+@training.on(FineTuneRequested)
+async def claim(envelope: Envelope[FineTuneRequested], studio: Studio) -> None: ...
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import structlog
+from faststream import AckPolicy, FastStream
+from faststream.kafka import KafkaBroker, KafkaMessage
+
+from events.base import Envelope, Event
+from events.registry import decode
+from events.topics import Topic
+from mini_studio.bus.delivery import Delivery, no_decoding, parse, text_headers
+from mini_studio.bus.kafka import READERS, Publisher
+from mini_studio.bus.metrics import EVENTS_IN, HANDLER_SECONDS
+from mini_studio.settings import Kafka
+
+log = structlog.get_logger(__name__)
+
+H = TypeVar("H", bound=Callable[[Envelope[Any], Any], Coroutine[Any, Any, None]])
+Handler = Callable[[Envelope[Any], Any], Coroutine[Any, Any, None]]
+Service = Callable[[Any], Coroutine[Any, Any, None]]
+
+
+class Consumer:
+    """Declares what one consumer does; `broker` binds it to a studio. Declaring connects to nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.topics: tuple[Topic, ...] = READERS[name]
+        self.handlers: dict[type[Event], Handler] = {}
+        self.services: list[Service] = []
+
+    @property
+    def group(self) -> str:
+        return f"mini-studio.{self.name}"
+
+    def on(self, *types: type[Event]) -> Callable[[H], H]:
+        """Register the handler of one or more event types. Other known types are none of this consumer's business."""
+
+        def register(handler: H) -> H:
+            for event_type in types:
+                if event_type.TOPIC not in self.topics or event_type in self.handlers:
+                    raise ValueError(f"{self.name} cannot take {event_type.__name__} here")
+                self.handlers[event_type] = handler
+            return handler
+
+        return register
+
+    def service(self, run: Service) -> Service:
+        """Register a task that runs beside the handlers: a reconciler or a watcher."""
+        self.services.append(run)
+        return run
+
+    def broker(self, settings: Kafka, publisher: Publisher, studio: Any) -> KafkaBroker:
+        """The FastStream broker with one subscriber per topic."""
+        broker = KafkaBroker(
+            settings.bootstrap,
+            client_id=f"mini-studio-{self.name}",
+            acks="all",
+            allow_auto_create_topics=False,
+            graceful_timeout=10.0,
+            middlewares=[Delivery(self.name, publisher)],
+            logger=None,
+        )
+        for topic in self.topics:
+            subscriber = broker.subscriber(
+                topic.value,
+                group_id=self.group,
+                auto_offset_reset="earliest",
+                ack_policy=AckPolicy.NACK_ON_ERROR,
+                session_timeout_ms=settings.session_timeout_ms,
+                parser=parse,
+                decoder=no_decoding,
+            )
+            subscriber(self._handler(studio))
+        return broker
+
+    def _handler(self, studio: Any) -> Callable[[KafkaMessage], Awaitable[None]]:
+        async def handle(message: KafkaMessage) -> None:
+            record = message.raw_message
+            assert not isinstance(record, tuple)  # noqa: S101  # subscribers are not in batch mode
+            await self.deliver(decode(record.key, text_headers(record), record.value), studio)
+
+        return handle
+
+    async def deliver(self, envelope: Envelope[Any], studio: Any) -> None:
+        """Hand one event to its handler, if there is one."""
+        handler = self.handlers.get(type(envelope.data))
+        if handler is None:
+            return
+        with HANDLER_SECONDS.labels(self.name, envelope.type).time():
+            await handler(envelope, studio)
+        EVENTS_IN.labels(self.name, envelope.topic, envelope.type).inc()
+
+    def app(self, broker: KafkaBroker) -> FastStream:
+        return FastStream(broker, logger=None)
+
+
+async def start_broker(broker: KafkaBroker, retry_s: float = 1.0) -> None:
+    """Connect and start all subscribers together, however long the broker is away."""
+    while True:
+        try:
+            await broker.connect()
+            await asyncio.gather(*(subscriber.start() for subscriber in broker.subscribers))
+            await broker.start()
+        except Exception as error:
+            log.warning("consumer.waiting_for_broker", reason=repr(error))
+            await asyncio.sleep(retry_s)
+        else:
+            return

@@ -1,0 +1,147 @@
+"""What happens to a delivery: handled, put off, or dead-lettered. Every subscriber runs NACK_ON_ERROR inside this middleware.
+
+- A permanent failure (not an event, or an error that is not retryable) goes to `<topic>.<consumer>.dead` byte for byte.
+- A retryable one sleeps with backoff and is delivered again: the partition waits, so order is kept.
+- Should even the dead-letter publish fail, the delivery is put off too: nothing is lost.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from aiokafka import ConsumerRecord
+from faststream import BaseMiddleware
+from faststream.exceptions import NackMessage
+from faststream.kafka import KafkaMessage
+
+from events.registry import UndecodableEvent
+from events.topics import dead_letter_topic
+from mini_studio.bus.kafka import Outgoing, Publisher
+from mini_studio.bus.metrics import DEAD_LETTERS, RETRIES
+from mini_studio.errors import StudioError
+
+log = structlog.get_logger(__name__)
+
+BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 10.0
+MAX_SURPRISES = 5
+"""Deliveries of one record that may end in an unexpected exception before it counts as permanent."""
+
+
+def text_headers(record: "ConsumerRecord[Any, Any]") -> dict[str, str]:
+    """The record's headers that are UTF-8 text; FastStream's parser would drop the whole message over any other."""
+    readable = {}
+    for name, value in record.headers:
+        try:
+            readable[name] = value.decode()
+        except (UnicodeDecodeError, AttributeError):
+            continue
+    return readable
+
+
+async def parse(record: Any, original: Callable[[Any], Awaitable[KafkaMessage]]) -> KafkaMessage:
+    """FastStream's parser on a copy with clean headers; `raw_message` keeps the record as it came."""
+    clean = replace(record, headers=tuple((name, text.encode()) for name, text in text_headers(record).items()))
+    message = await original(clean)
+    message.raw_message = record
+    return message
+
+
+async def no_decoding(message: KafkaMessage) -> KafkaMessage:
+    """The handler decodes, inside the middleware."""
+    return message
+
+
+class Delivery:
+    """Builds the middleware of one consumer."""
+
+    def __init__(self, consumer: str, publisher: Publisher) -> None:
+        self.consumer = consumer
+        self.publisher = publisher
+        self.failures: dict[tuple[str, int], tuple[int, int]] = {}
+        """Partition -> (offset, failures so far) of the record that is being tried."""
+
+    def __call__(self, msg: Any, /, **options: Any) -> "DeliveryMiddleware":
+        middleware = DeliveryMiddleware(msg, **options)
+        middleware.delivery = self
+        return middleware
+
+    def count_failure(self, record: "ConsumerRecord[Any, Any]") -> int:
+        place = (record.topic, record.partition)
+        offset, failures = self.failures.get(place, (record.offset, 0))
+        failures = failures + 1 if offset == record.offset else 1
+        self.failures[place] = (record.offset, failures)
+        return failures
+
+    async def put_off(self, failures: int, reason: str) -> None:
+        delay = min(BACKOFF_MIN_S * 2 ** (failures - 1), BACKOFF_MAX_S) * random.uniform(0.8, 1.2)
+        RETRIES.labels(self.consumer).inc()
+        log.warning("delivery.put_off", reason=reason, failures=failures, delay_s=round(delay, 2))
+        await asyncio.sleep(delay)
+        raise NackMessage
+
+    async def dead_letter(self, record: "ConsumerRecord[Any, Any]", reason: str) -> None:
+        """Copy the record as it is, with where it came from and why in added headers."""
+        origin = {
+            "dlq_consumer": self.consumer,
+            "dlq_reason": reason[:1000],
+            "dlq_topic": record.topic,
+            "dlq_partition": str(record.partition),
+            "dlq_offset": str(record.offset),
+            "dlq_time": datetime.now(UTC).isoformat(),
+        }
+        headers = [*record.headers, *((name, text.encode()) for name, text in origin.items())]
+        topic = dead_letter_topic(record.topic, self.consumer)
+        await self.publisher.publish([Outgoing(topic, record.key, record.value, headers)])
+        DEAD_LETTERS.labels(self.consumer, record.topic).inc()
+        log.error("delivery.dead_lettered", topic=topic, reason=reason, offset=record.offset)
+
+
+class DeliveryMiddleware(BaseMiddleware):
+    """One delivery."""
+
+    delivery: Delivery
+
+    async def consume_scope(self, call_next: Callable[[Any], Awaitable[Any]], msg: Any) -> Any:
+        record = msg.raw_message
+        headers = text_headers(record)
+        with structlog.contextvars.bound_contextvars(
+            consumer=self.delivery.consumer,
+            event_id=headers.get("ce_id"),
+            event_type=headers.get("ce_type"),
+            subject=headers.get("ce_subject"),
+            request_id=headers.get("ce_correlationid"),
+        ):
+            return await self._deliver(call_next, msg, record)
+
+    async def _deliver(self, call_next: Callable[[Any], Awaitable[Any]], msg: Any, record: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            result = await call_next(msg)
+        except UndecodableEvent as error:
+            await self._bury(record, error.reason)
+        except StudioError as error:
+            if not error.retryable:
+                await self._bury(record, error.message)
+                return None
+            await self.delivery.put_off(self.delivery.count_failure(record), error.message)
+        except Exception as error:
+            log.exception("delivery.failed")
+            failures = self.delivery.count_failure(record)
+            if failures < MAX_SURPRISES:
+                await self.delivery.put_off(failures, repr(error))
+            await self._bury(record, f"failed {failures} times; last: {error!r}")
+        else:
+            log.debug("delivery.handled", seconds=round(time.perf_counter() - started, 4))
+            return result
+        return None
+
+    async def _bury(self, record: Any, reason: str) -> None:
+        try:
+            await self.delivery.dead_letter(record, reason)
+        except StudioError as error:
+            await self.delivery.put_off(self.delivery.count_failure(record), error.message)

@@ -1,0 +1,136 @@
+"""Kafka clients with the settings that lose nothing; topics and producers are made here and nowhere else."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError
+
+from events.topics import ROUTES, Topic, dead_letter_topic
+from mini_studio.errors import Unavailable
+from mini_studio.settings import Kafka
+
+log = structlog.get_logger(__name__)
+
+TOPIC_EXISTS = 36
+READERS: dict[str, tuple[Topic, ...]] = {
+    "datasets": (Topic.DATASETS,),
+    "training": (Topic.FINE_TUNES,),
+    "serving": (Topic.DEPLOYMENTS,),
+    "jobs": (Topic.FINE_TUNES,),
+    "routes": (Topic.DEPLOYMENTS,),
+}
+"""Which consumer reads which topics."""
+
+
+def all_topics() -> list[str]:
+    """Every topic the studio uses: events, routes, and each consumer's dead letters."""
+    dead = [dead_letter_topic(topic, name) for name, topics in READERS.items() for topic in topics]
+    return [*(topic.value for topic in Topic), ROUTES, *dead]
+
+
+async def create_topics(settings: Kafka) -> None:
+    """Create the topics that are missing. Raises `Unavailable`."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap, request_timeout_ms=5000)
+    try:
+        await asyncio.wait_for(admin.start(), 10)
+        existing = set(await admin.list_topics())
+        missing = [name for name in all_topics() if name not in existing]
+        if missing:
+            answer = await admin.create_topics([_new_topic(name, settings) for name in missing])
+            refused = [error for error in answer.topic_errors if error[1] not in (0, TOPIC_EXISTS)]
+            if refused:
+                raise Unavailable(f"the broker refused to create topics: {refused}")
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Unavailable(f"the broker at {settings.bootstrap} is away: {error}") from error
+    finally:
+        await quietly(admin.close())
+
+
+def _new_topic(name: str, settings: Kafka) -> NewTopic:
+    configs = {"cleanup.policy": "compact"} if name == ROUTES else {"retention.ms": "-1"}
+    partitions = 1 if name == ROUTES else settings.partitions
+    return NewTopic(name, partitions, settings.replication, topic_configs=configs)
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """One record to publish."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+class Publisher:
+    """Publishes with `acks=all` and a timeout. After a timeout the outcome is unknown, and the client is replaced."""
+
+    def __init__(self, settings: Kafka) -> None:
+        self._settings = settings
+        self._producer: AIOKafkaProducer | None = None
+        self._starting = asyncio.Lock()
+
+    async def publish(self, records: Sequence[Outgoing]) -> None:
+        """Publish in the order given and wait for every ack. Raises `Unavailable`: some may have been published."""
+        try:
+            async with asyncio.timeout(self._settings.publish_timeout_s):
+                producer = await self._started()
+                acks = [
+                    await producer.send(r.topic, key=r.key, value=r.value, headers=list(r.headers)) for r in records
+                ]
+                await asyncio.gather(*acks)
+        except (KafkaError, OSError, TimeoutError) as error:
+            await self._drop()
+            raise Unavailable(f"the broker at {self._settings.bootstrap} is away: {error!r}") from error
+
+    async def aclose(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await quietly(asyncio.wait_for(producer.stop(), 5))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    async def _started(self) -> AIOKafkaProducer:
+        async with self._starting:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._settings.bootstrap,
+                    acks="all",
+                    enable_idempotence=self._settings.idempotent,
+                    request_timeout_ms=int(self._settings.publish_timeout_s * 1000),
+                    max_request_size=8 * 1024 * 1024,
+                )
+                try:
+                    await producer.start()
+                except BaseException:
+                    await quietly(asyncio.wait_for(producer.stop(), 2))
+                    raise
+                self._producer = producer
+            return self._producer
+
+    async def _drop(self) -> None:
+        """Give the wedged client up. Its stop may hang, so nobody waits for it."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            task = asyncio.create_task(quietly(asyncio.wait_for(producer.stop(), 5)))
+            _LEAVING.add(task)
+            task.add_done_callback(_LEAVING.discard)
+
+
+_LEAVING: set[asyncio.Task[None]] = set()
+
+
+async def quietly(closing: Any) -> None:
+    """Await a client's closing, whatever it says."""
+    with contextlib.suppress(Exception):
+        await closing

@@ -1,0 +1,108 @@
+"""The relay: outbox -> journal -> Kafka, in order per document; an entry leaves the outbox only after the broker's ack.
+
+Two relays on one entry make duplicates, never losses; readers drop those by sequence.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+
+from events.topics import ROUTES
+from mini_studio.bus.kafka import Outgoing, Publisher
+from mini_studio.bus.metrics import EVENTS_OUT, OUTBOX_PENDING
+from mini_studio.errors import Unavailable
+from mini_studio.records.store import Collection, Document, RecordStore
+
+log = structlog.get_logger(__name__)
+
+BATCH = 200
+RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
+
+
+def outgoing(stored: dict[str, Any]) -> Outgoing:
+    """The Kafka record of an outbox or journal entry."""
+    value = stored["value"]
+    headers = [(name, text.encode()) for name, text in stored["headers"].items()]
+    return Outgoing(stored["topic"], stored["key"].encode(), None if value is None else value.encode(), headers)
+
+
+class Relay:
+    """Publishes the outboxes of `collections`.
+
+    A handler's own process runs one that is woken right after each write (`min_age_s` 0, no polling); the standalone
+    relay polls, and takes only what is older than `min_age_s`: what a process left behind.
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        publisher: Publisher,
+        collections: Sequence[Collection],
+        *,
+        min_age_s: float = 0.0,
+        poll_s: float | None = None,
+    ) -> None:
+        self._store = store
+        self._publisher = publisher
+        self._collections = collections
+        self._min_age = timedelta(seconds=min_age_s)
+        self._poll_s = poll_s
+        self._woken = asyncio.Event()
+        self.problem: str | None = None
+        """Why nothing leaves at the moment; None when all is well."""
+
+    def wake(self) -> None:
+        """A write left events in an outbox."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Relay until cancelled. Outages are waited out."""
+        retry_s = RETRY_MIN_S
+        self._woken.set()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), self._poll_s)
+            self._woken.clear()
+            try:
+                while await self.sweep():
+                    pass
+            except Unavailable as error:
+                if self.problem is None:
+                    log.warning("relay.waiting", reason=error.message)
+                self.problem = error.message
+                await asyncio.sleep(retry_s)
+                retry_s = min(retry_s * 2, RETRY_MAX_S)
+                self._woken.set()
+            else:
+                if self.problem is not None:
+                    log.info("relay.recovered")
+                self.problem, retry_s = None, RETRY_MIN_S
+
+    async def sweep(self) -> int:
+        """Publish what is pending now; how many events went out. Raises `Unavailable`."""
+        pending = await self._store.pending(self._collections, BATCH)
+        OUTBOX_PENDING.set(len(pending))
+        due = [(collection, document) for collection, document in pending if self._is_due(document)]
+        if not due:
+            return 0
+        entries = [entry for _, document in due for entry in document["outbox"]]
+        journalled = [entry for entry in entries if entry["topic"] != ROUTES]
+        if journalled:
+            await self._store.journal(journalled)
+        await self._publisher.publish([outgoing(entry) for entry in entries])
+        for collection, document in due:
+            await self._store.settle(collection, document["_id"], [e["headers"]["ce_id"] for e in document["outbox"]])
+        for entry in entries:
+            EVENTS_OUT.labels(entry["topic"], entry["headers"].get("ce_type", "route")).inc()
+            log.debug("relay.published", event_id=entry["headers"]["ce_id"], type=entry["headers"].get("ce_type"))
+        return len(entries)
+
+    def _is_due(self, document: Document) -> bool:
+        time = document["outbox"][0]["headers"].get("ce_time")
+        if not self._min_age or time is None:
+            return True
+        return datetime.now(UTC) - datetime.fromisoformat(time) >= self._min_age

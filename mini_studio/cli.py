@@ -1,0 +1,194 @@
+"""The command line: `mini-studio --help`."""
+
+import asyncio
+import os
+import shutil
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mini_studio import logs
+from mini_studio.settings import Settings
+
+app = typer.Typer(
+    name="mini-studio",
+    help="Fine-tune and serve language models, event-driven over Kafka. Start with `mini-studio run`, then `mini-studio demo`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+models = typer.Typer(help="The base models that fine-tunes start from.", no_args_is_help=True)
+events = typer.Typer(help="The event log.", no_args_is_help=True)
+app.add_typer(models, name="models")
+app.add_typer(events, name="events")
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", help="The studio's data folder.", envvar="MINI_STUDIO_DATA", show_default=".studio"),
+]
+
+
+class ConsumerName(StrEnum):
+    DATASETS = "datasets"
+    TRAINING = "training"
+    SERVING = "serving"
+    JOBS = "jobs"
+    ROUTES = "routes"
+
+
+def settings_for(data: Path | None, process: str) -> Settings:
+    """The settings of the studio in `data`, and logging set up for `process`."""
+    if data is not None:
+        os.environ["MINI_STUDIO_DATA"] = str(data)
+    settings = Settings()
+    logs.configure(settings.log, process)
+    return settings
+
+
+@app.command()
+def run(
+    data: DataOption = None,
+    port: Annotated[int, typer.Option(help="Port of the REST API.", envvar="PORT")] = 8000,
+) -> None:
+    """Start the whole studio on this machine, in the foreground; Ctrl-C stops all of it."""
+    from mini_studio.embedded.launcher import run_studio
+
+    raise typer.Exit(run_studio(data or Path(".studio"), port))
+
+
+@app.command()
+def api(data: DataOption = None) -> None:
+    """The REST API and the inference proxy."""
+    settings = settings_for(data, "api")
+    import uvicorn
+
+    from api.app import create_app
+
+    uvicorn.run(
+        create_app(settings),
+        host=settings.api.host,
+        port=settings.api.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+
+
+@app.command()
+def consume(
+    names: Annotated[list[ConsumerName] | None, typer.Argument(help="Which consumers; all when none is named.")] = None,
+    data: DataOption = None,
+    health_port: Annotated[
+        int | None, typer.Option(help="Serve /health and /metrics here.", envvar="MINI_STUDIO_HEALTH_PORT")
+    ] = None,
+) -> None:
+    """Run one consumer, several, or all of them, each with a group of its own."""
+    chosen = [name.value for name in names or list(ConsumerName)]
+    settings = settings_for(data, "consumer:" + "+".join(chosen))
+    from consumers.app import BrokerReplaced
+    from consumers.app import run as run_consumers
+
+    try:
+        asyncio.run(run_consumers(chosen, settings, health_port))
+    except BrokerReplaced:
+        raise typer.Exit(3) from None
+
+
+@app.command()
+def relay(
+    data: DataOption = None,
+    health_port: Annotated[
+        int | None, typer.Option(help="Serve /health and /metrics here.", envvar="MINI_STUDIO_HEALTH_PORT")
+    ] = None,
+) -> None:
+    """Publish what other processes left in their outboxes when they died."""
+    settings = settings_for(data, "relay")
+    from mini_studio import maintenance
+
+    asyncio.run(maintenance.relay(settings, health_port))
+
+
+@app.command()
+def prepare(data: DataOption = None) -> None:
+    """Create what is missing (topics, bucket) and refill an embedded broker that starts empty from the journal."""
+    settings = settings_for(data, "prepare")
+    from mini_studio import maintenance
+
+    asyncio.run(maintenance.prepare(settings))
+
+
+@models.command("list")
+def list_models(data: DataOption = None) -> None:
+    """Base models that a fine-tune can name."""
+    settings = settings_for(data, "models")
+    from rich.console import Console
+    from rich.table import Table
+
+    from mini_studio.drivers.catalogue import ModelCatalogue
+
+    table = Table("name", "parameters", "installed", "description")
+    for entry in ModelCatalogue(settings.models).list():
+        size = f"{entry.parameters / 1e6:.0f}M" if entry.parameters else "?"
+        table.add_row(entry.name, size, "yes" if entry.installed else "on first use", entry.description)
+    Console().print(table)
+
+
+@models.command("add")
+def add_model(
+    name: Annotated[str, typer.Argument(help="A built-in name, a hub id (org/name), or the name of a local folder.")],
+    path: Annotated[Path | None, typer.Option(help="A local folder that transformers can load.")] = None,
+    data: DataOption = None,
+) -> None:
+    """Install a base model: fetch it, or register a local folder under a name."""
+    settings = settings_for(data, "models")
+    command = [sys.executable, "-m", "workloads.base_models", "add", name, "--models-root", str(settings.models)]
+    if path is not None:
+        command += ["--path", str(path.resolve())]
+    os.execv(sys.executable, command)  # noqa: S606
+
+
+@events.command("tail")
+def tail(
+    data: DataOption = None,
+    follow: Annotated[bool, typer.Option(help="Wait for more; else stop at the end.")] = True,
+    subject: Annotated[str | None, typer.Option(help="Only events of this job, dataset or deployment.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Print the events on the log, from the first one on."""
+    settings = settings_for(data, "events")
+    from mini_studio import tailing
+
+    with_json = as_json or not sys.stdout.isatty()
+    try:
+        asyncio.run(tailing.tail(settings, follow=follow, subject=subject, as_json=with_json))
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise typer.Exit(0) from None
+
+
+@app.command()
+def demo(
+    data: DataOption = None,
+    url: Annotated[str | None, typer.Option(help="The studio's URL; by default that of the one in --data.")] = None,
+    model: Annotated[str, typer.Option(help="Base model to fine-tune.")] = "smollm2-135m-instruct",
+    client_code: Annotated[str, typer.Option(help="The client to act as.")] = "demo",
+) -> None:
+    """Do the main job on a running studio: upload the example, fine-tune, deploy, and ask before and after."""
+    settings = settings_for(data, "demo")
+    from mini_studio import demo as main_job
+
+    target = url or f"http://{settings.api.host}:{settings.api.port}"
+    raise typer.Exit(main_job.run(target, model, client_code))
+
+
+def main() -> None:
+    """Entry point of `mini-studio`."""
+    os.environ.setdefault("COLUMNS", str(shutil.get_terminal_size((110, 40)).columns))
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Deployments as GET returns them: a projection of `Deploy*` events. The record's id is the deployment's identity, for ever."""
+
+import re
+from typing import Any, ClassVar, Self
+
+import structlog
+from pydantic import Field
+
+from events.base import Cause, Envelope, Event
+from events.deployments import (
+    DeploymentApplied,
+    DeploymentEvent,
+    DeploymentFailed,
+    DeploymentReady,
+    DeploymentRemoved,
+    DeployRequested,
+    Scale,
+    UndeployRequested,
+)
+from events.types import DeploymentKind, DeploymentStatus, derived_id
+from mini_studio.errors import Conflict
+from mini_studio.records.projection import Projection, Projections, begun, requested, timestamp
+from mini_studio.records.record import ANYONE
+from mini_studio.records.store import Collection, DuplicateRecord
+
+log = structlog.get_logger(__name__)
+
+
+def deployment_id(client_code: str, kind: DeploymentKind, model: str, weights_path: str | None) -> str:
+    """The identity: deploying the same thing twice is the same deployment."""
+    return derived_id("dep", client_code, kind.value, model, weights_path or "")
+
+
+class Deployment(Projection):
+    """One model being served, or that was."""
+
+    COLLECTION: ClassVar = Collection("deployments", unique=("name",), listed_by=("client_code",))
+
+    name: str
+    kind: DeploymentKind
+    model: str
+    base_model: str
+    weights_path: str | None = None
+    scale: Scale
+    generation: int
+    requested_at: str
+    status: DeploymentStatus = DeploymentStatus.DEPLOYING
+    refused: bool = False
+    message: str | None = None
+    replicas: int = 0
+    endpoints: list[str] = Field(default_factory=list)
+    predict_path: str = "/predict"
+
+    @classmethod
+    def begin(cls, envelope: Envelope[Any]) -> Self | None:
+        event = envelope.data
+        if not isinstance(event, DeployRequested):
+            return None
+        at = timestamp(envelope.time)
+        fields = event.model_dump(exclude={"deployment_id"})
+        record = cls(
+            id=envelope.subject, client_code=envelope.client_code, created_at=at, updated_at=at, requested_at=at,
+            cause=envelope.follows(), **fields,
+        )  # fmt: skip
+        return begun(record, envelope)
+
+    def changes(self, event: Event, at: str) -> dict[str, Any]:
+        if not isinstance(event, DeploymentEvent) or event.generation < self.generation:
+            return {}
+        match event:
+            case DeployRequested():
+                desired = {"scale": event.scale, "base_model": event.base_model, "generation": event.generation}
+                reset = {"status": DeploymentStatus.DEPLOYING, "refused": False, "message": None, "requested_at": at}
+                return {**desired, **reset}
+            case UndeployRequested():
+                status = {"status": DeploymentStatus.REMOVING, "message": None, "generation": event.generation}
+                return {**status, **_SILENT}
+            case DeploymentApplied():
+                return {"status": DeploymentStatus.DEPLOYED, "message": event.message, **_SILENT}
+            case DeploymentReady():
+                answers = {"replicas": event.replicas, "endpoints": event.endpoints, "predict_path": event.predict_path}
+                return {"status": DeploymentStatus.READY, "message": event.message, **answers}
+            case DeploymentFailed():
+                failed = {"status": DeploymentStatus.FAILED, "refused": event.refused, "message": event.message}
+                return {**failed, **_SILENT}
+            case DeploymentRemoved():
+                return {"status": DeploymentStatus.REMOVED, "message": None, **_SILENT}
+        return {}
+
+
+class Deployments(Projections[Deployment]):
+    """The deployments, by identity or by name."""
+
+    async def named(self, name: str) -> Deployment | None:
+        found = await self.where(limit=1, name=name)
+        return found[0] if found else None
+
+    async def request(self, tenant: str, event: DeployRequested, cause: Cause) -> Deployment:
+        """Deploy: a first time, or again with a higher generation when something is to change. Same again: no event."""
+        names = dict.fromkeys((event.name, suffixed(event.name, event.deployment_id)))
+        for name in names:
+            try:
+                return await self._request(tenant, event.model_copy(update={"name": name}), cause)
+            except DuplicateRecord:
+                log.info("deployment.name_taken", name=name)
+        raise Conflict(f"the names {', '.join(names)} are all taken")
+
+    async def _request(self, tenant: str, event: DeployRequested, cause: Cause) -> Deployment:
+        if await self.get(ANYONE, event.deployment_id) is None:
+            record = requested(Deployment, event, subject=event.deployment_id, client_code=tenant, cause=cause)
+            try:
+                await self.insert(record)
+            except DuplicateRecord as taken:
+                if taken.field != "id":
+                    raise
+            else:
+                return record
+        changed = await self.change(event.deployment_id, lambda present: again(present, event, cause))
+        present = changed or await self.get(ANYONE, event.deployment_id)
+        if present is None:
+            raise Conflict(f"deployment {event.deployment_id} is gone")
+        return present
+
+
+def again(present: Deployment, event: DeployRequested, cause: Cause) -> Deployment | None:
+    """The deployment with a new generation, unless it is already as requested and has not failed."""
+    over = present.status in (DeploymentStatus.FAILED, DeploymentStatus.REMOVING, DeploymentStatus.REMOVED)
+    if not over and present.scale == event.scale and present.base_model == event.base_model:
+        return None
+    next_one = {"name": present.name, "generation": present.generation + 1}
+    return present.asking(event.model_copy(update=next_one), cause)
+
+
+def removal(present: Deployment, cause: Cause) -> Deployment | None:
+    """The deployment asked to be removed; None when it is already on its way out."""
+    if present.status in (DeploymentStatus.REMOVING, DeploymentStatus.REMOVED):
+        return None
+    event = UndeployRequested(deployment_id=present.id, generation=present.generation + 1, name=present.name)
+    return present.asking(event, cause)
+
+
+def readable_name(kind: DeploymentKind, client_code: str, model: str) -> str:
+    """`vllm-base-facebook-opt-125m`, `vllm-ft-acme-gpt-neo`: a DNS label of at most 63 characters."""
+    words = f"vllm-base-{model}" if kind is DeploymentKind.BASE else f"vllm-ft-{client_code}-{model}"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:MAX_NAME].strip("-")
+
+
+def suffixed(name: str, id: str) -> str:
+    """The name for a deployment whose readable name another one holds: with 12 hex digits of its identity."""
+    mark = f"-{id.removeprefix('dep_')[:12]}"
+    return name if name.endswith(mark) else name[: MAX_NAME - len(mark)].strip("-") + mark
+
+
+MAX_NAME = 63
+_SILENT: dict[str, Any] = {"replicas": 0, "endpoints": []}

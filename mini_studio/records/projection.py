@@ -1,0 +1,133 @@
+"""Records that are nothing but their events, folded: `fold(events)` gives the same document live and on replay."""
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any, Self, TypeVar
+
+from pydantic import Field
+
+from events.base import Cause, Envelope, Event
+from events.registry import restore
+from mini_studio.records.record import ANYONE, Record, Repository
+from mini_studio.records.store import DuplicateRecord, RecordStore
+
+
+def timestamp(time: datetime) -> str:
+    """RFC 3339 in UTC with microseconds, always of the same length, so text order is time order."""
+    return time.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class Projection(Record):
+    """A record that changes only because of events."""
+
+    applied: dict[str, int] = Field(default_factory=dict, description="Last sequence applied, per source.")
+    updated_at: str
+
+    @classmethod
+    def begin(cls, envelope: Envelope[Any]) -> Self | None:
+        """The record after its aggregate's first event; None when `envelope` is not such an event."""
+        raise NotImplementedError
+
+    def changes(self, event: Event, at: str) -> dict[str, Any]:
+        """What `event` changes; fields that stay are left out."""
+        raise NotImplementedError
+
+    def last(self, envelope: Envelope[Any]) -> int:
+        return self.applied.get(envelope.source.value, 0)
+
+    def asking(self, event: Event, cause: Cause) -> Self:
+        """The record after a further request that the API decides, with its event in the outbox, ready for one write."""
+        sequence = self.applied.get(event.SOURCE.value, 0) + 1
+        envelope: Envelope[Any] = Envelope.of(
+            event, subject=self.id, sequence=sequence, client_code=self.client_code, cause=cause
+        )
+        changed = self.apply(envelope) or self
+        return changed.model_copy(update={"outbox": (*self.outbox, envelope.stored())})
+
+    def apply(self, envelope: Envelope[Any]) -> Self | None:
+        """The record with the event applied; None when it, or a later one of its source, was applied before."""
+        if envelope.sequence <= self.last(envelope):
+            return None
+        at = timestamp(envelope.time)
+        applied = {**self.applied, envelope.source.value: envelope.sequence}
+        return self.model_copy(
+            update={
+                **self.changes(envelope.data, at),
+                "applied": applied,
+                "updated_at": max(self.updated_at, at),
+                "cause": envelope.follows(),
+            }
+        )
+
+
+P = TypeVar("P", bound=Projection)
+
+
+def requested(projection: type[P], event: Event, *, subject: str, client_code: str, cause: Cause) -> P:
+    """A new record from the API's own first event, which is in its outbox, ready for one insert."""
+    envelope: Envelope[Any] = Envelope.of(event, subject=subject, sequence=1, client_code=client_code, cause=cause)
+    record = projection.begin(envelope)
+    if record is None:
+        raise TypeError(f"{projection.__name__} does not begin with {type(event).__name__}")
+    return record.model_copy(update={"outbox": (envelope.stored(),)})
+
+
+def begun(record: P, envelope: Envelope[Any]) -> P:
+    """A projection's bookkeeping after its first event."""
+    return record.model_copy(update={"applied": {envelope.source.value: envelope.sequence}})
+
+
+def fold(projection: type[P], events: Iterable[Envelope[Any]]) -> P | None:
+    """The record that these events, in order, make."""
+    record: P | None = None
+    for envelope in events:
+        record = projection.begin(envelope) if record is None else record.apply(envelope) or record
+    return record
+
+
+class Projections(Repository[P]):
+    """Keeps one collection of projections up to date with the log."""
+
+    def __init__(self, store: RecordStore, record: type[P], wake: Callable[[], None] = lambda: None) -> None:
+        super().__init__(store, record, wake)
+        self._projection = record
+
+    async def apply(self, envelope: Envelope[Any]) -> P | None:
+        """Apply one event; None when it had been applied before. Events that were missed are taken from the journal."""
+        record = await self.get(ANYONE, envelope.subject)
+        if record is None:
+            return await self._begin(envelope)
+        if envelope.sequence > record.last(envelope) + 1:
+            await self._catch_up(envelope, record.last(envelope))
+        return await self.change(envelope.subject, lambda present: present.apply(envelope))
+
+    async def _begin(self, envelope: Envelope[Any]) -> P | None:
+        record = self._projection.begin(envelope)
+        if record is None:
+            return await self._replay(envelope)
+        try:
+            await self.insert(record)
+        except DuplicateRecord as taken:
+            if taken.field != "id":
+                raise
+            return await self.apply(envelope)
+        return record
+
+    async def _replay(self, envelope: Envelope[Any]) -> P | None:
+        """The aggregate's first events are unknown here, though its later one was published: the journal has them."""
+        for earlier in await self._history(envelope.subject):
+            if earlier.id == envelope.id:
+                break
+            if self._projection.begin(earlier) is not None:
+                await self.apply(earlier)
+                return await self.apply(envelope)
+        return None
+
+    async def _catch_up(self, envelope: Envelope[Any], applied: int) -> None:
+        for earlier in await self._history(envelope.subject):
+            if earlier.source == envelope.source and applied < earlier.sequence < envelope.sequence:
+                await self.change(envelope.subject, lambda present, missed=earlier: present.apply(missed))  # type: ignore[misc]
+
+    async def _history(self, subject: str) -> list[Envelope[Any]]:
+        entries = await self._store.read_journal(key=subject, limit=100_000)
+        return [restore(entry.stored) for entry in entries]

@@ -1,0 +1,121 @@
+"""What all records share: a version, an outbox, and repositories that change them by compare-and-set.
+
+Two kinds of record:
+- a *decider* (training run, release, dataset profile) holds the state that one source decides from, and numbers its events;
+- a *projection* (dataset, job, deployment) is `fold(events)`: dropped and replayed, it comes back identical.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from events.base import Cause, Envelope, Event
+from events.registry import subject_of
+from mini_studio.errors import Unavailable
+from mini_studio.records.store import Collection, RecordStore
+
+ANYONE: Literal["*"] = "*"
+"""The tenant of callers that are not bound to one: consumers, and requests that name a record by its unguessable id."""
+
+CAS_TRIES = 50
+
+
+class Record(BaseModel):
+    """A document of the record store."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    COLLECTION: ClassVar[Collection]
+
+    id: str
+    client_code: str
+    created_at: str = Field(description="RFC 3339 in UTC with microseconds: sorts as text.")
+    version: int = 1
+    outbox: tuple[dict[str, Any], ...] = ()
+    cause: Cause = Field(description="What the record's own next events follow from.")
+
+    def document(self) -> dict[str, Any]:
+        content = self.model_dump(mode="json", exclude={"id"})
+        return {"_id": self.id, **content}
+
+    @classmethod
+    def load(cls, document: dict[str, Any]) -> Self:
+        return cls.model_validate({**document, "id": document["_id"]})
+
+
+class Decider(Record):
+    """A record that one source decides from; it numbers that source's events of the aggregate."""
+
+    sequence: int = Field(0, description="Sequence of the last event decided.")
+
+    def deciding(self, event: Event, **changes: Any) -> Self:
+        """This record with `changes` and the event that says so, ready for one write."""
+        envelope: Envelope[Any] = Envelope.of(
+            event, subject=subject_of(event), sequence=self.sequence + 1, client_code=self.client_code, cause=self.cause
+        )
+        return self.model_copy(
+            update={**changes, "sequence": envelope.sequence, "outbox": (*self.outbox, envelope.stored())}
+        )
+
+
+R = TypeVar("R", bound=Record)
+Change = Callable[[R], R | None]
+
+
+class Repository(Generic[R]):
+    """Reads and changes the records of one collection. `wake` is called after a write that left events in the outbox."""
+
+    def __init__(self, store: RecordStore, record: type[R], wake: Callable[[], None] = lambda: None) -> None:
+        self._store = store
+        self._record = record
+        self._wake = wake
+
+    @property
+    def collection(self) -> Collection:
+        return self._record.COLLECTION
+
+    async def get(self, tenant: str, id: str) -> R | None:
+        """The record, or None when it is not there or another tenant's."""
+        document = await self._store.get(self.collection, id)
+        if document is None or tenant not in (ANYONE, document["client_code"]):
+            return None
+        return self._record.load(document)
+
+    async def insert(self, record: R) -> None:
+        """Write a new record and its events at once. Raises `DuplicateRecord`."""
+        await self._store.insert(self.collection, record.document())
+        if record.outbox:
+            self._wake()
+
+    async def change(self, id: str, change: Change[R]) -> R | None:
+        """Apply the pure `change` by compare-and-set, again on a conflict. None: no such record, or nothing to change."""
+        for _ in range(CAS_TRIES):
+            document = await self._store.get(self.collection, id)
+            if document is None:
+                return None
+            changed = change(self._record.load(document))
+            if changed is None:
+                return None
+            version = document["version"]
+            changed = changed.model_copy(update={"version": version + 1})
+            if await self._store.replace(self.collection, changed.document(), version):
+                if changed.outbox:
+                    self._wake()
+                return changed
+        raise Unavailable(f"{self.collection.name}/{id} is being changed by too many at once")
+
+    async def page(self, tenant: str, *, limit: int, after: str | None = None, **where: Any) -> list[R]:
+        """A tenant's records, newest first, from behind the record `after` on."""
+        position = None
+        if after is not None:
+            last = await self.get(tenant, after)
+            position = (last.created_at, last.id) if last else ("", "")
+        filters = where if tenant == ANYONE else {"client_code": tenant, **where}
+        found = await self._store.find(self.collection, filters, limit=limit, after=position)
+        return [self._record.load(document) for document in found]
+
+    async def where(self, *, limit: int = 1000, **where: Any) -> list[R]:
+        """Records of every tenant whose fields equal `where`, oldest first: for reconcilers."""
+        found = await self._store.find(self.collection, where, limit=limit, newest_first=False)
+        return [self._record.load(document) for document in found]

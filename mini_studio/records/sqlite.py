@@ -1,0 +1,210 @@
+"""The record store in one SQLite file, shared by several processes: WAL, a busy timeout, `BEGIN IMMEDIATE` around every write."""
+
+import asyncio
+import re
+import sqlite3
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+
+from mini_studio.errors import Unavailable
+from mini_studio.records.store import Collection, Document, DuplicateRecord, JournalEntry
+
+T = TypeVar("T")
+
+UNIQUE_FAILED = re.compile(r"UNIQUE constraint failed: (?:index '(\w+)'|([\w.]+))")
+
+JOURNAL_SCHEMA = """
+CREATE TABLE IF NOT EXISTS event_journal (
+    position INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE, key TEXT NOT NULL, stored BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS event_journal_key ON event_journal (key, position);
+"""
+
+
+class SqliteStore:
+    """Implements `RecordStore`. One thread writes and one reads, so a long read never holds up a write."""
+
+    def __init__(self, file: Path, collections: Sequence[Collection], *, busy_timeout_s: float = 2.0) -> None:
+        self._file = file
+        self._collections = tuple(collections)
+        self._busy_timeout_s = busy_timeout_s
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="sqlite-write")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="sqlite-read")
+        self._write_connection: sqlite3.Connection | None = None
+        self._read_connection: sqlite3.Connection | None = None
+
+    async def insert(self, collection: Collection, document: Document) -> None:
+        await self._write(lambda db: _insert(db, collection, document))
+
+    async def get(self, collection: Collection, id: str) -> Document | None:
+        rows = await self._read(f"SELECT doc FROM {collection.name} WHERE id = ?", (id,))  # noqa: S608
+        return orjson.loads(rows[0][0]) if rows else None
+
+    async def replace(self, collection: Collection, document: Document, version: int) -> bool:
+        return await self._write(lambda db: _replace(db, collection, document, version))
+
+    async def find(
+        self,
+        collection: Collection,
+        where: Mapping[str, Any],
+        *,
+        limit: int,
+        after: tuple[str, str] | None = None,
+        newest_first: bool = True,
+    ) -> list[Document]:
+        conditions = [f"{_field(name)} = ?" for name in where]
+        values: list[Any] = list(where.values())
+        if after is not None:
+            conditions.append(f"({_field('created_at')}, id) {'<' if newest_first else '>'} (?, ?)")
+            values += after
+        order = "DESC" if newest_first else "ASC"
+        filters = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        sql = (
+            f"SELECT doc FROM {collection.name} {filters} "  # noqa: S608
+            f"ORDER BY {_field('created_at')} {order}, id {order} LIMIT ?"
+        )
+        return [orjson.loads(row[0]) for row in await self._read(sql, (*values, limit))]
+
+    async def pending(self, collections: Sequence[Collection], limit: int) -> list[tuple[Collection, Document]]:
+        found: list[tuple[Collection, Document]] = []
+        for collection in collections:
+            sql = f"SELECT doc FROM {collection.name} WHERE pending = 1 LIMIT ?"  # noqa: S608
+            rows = await self._read(sql, (limit - len(found),))
+            found += [(collection, orjson.loads(row[0])) for row in rows]
+            if len(found) >= limit:
+                break
+        return found
+
+    async def settle(self, collection: Collection, id: str, event_ids: Sequence[str]) -> None:
+        await self._write(lambda db: _settle(db, collection, id, frozenset(event_ids)))
+
+    async def journal(self, stored: Sequence[dict[str, Any]]) -> None:
+        rows = [(entry["headers"]["ce_id"], entry["key"], orjson.dumps(entry)) for entry in stored]
+        sql = "INSERT INTO event_journal (event_id, key, stored) VALUES (?, ?, ?) ON CONFLICT (event_id) DO NOTHING"
+        await self._write(lambda db: db.executemany(sql, rows))
+
+    async def read_journal(self, *, after: int = 0, limit: int = 1000, key: str | None = None) -> list[JournalEntry]:
+        sql = "SELECT position, event_id, stored FROM event_journal WHERE position > ? "
+        values: tuple[Any, ...] = (after, limit)
+        if key is not None:
+            sql += "AND key = ? "
+            values = (after, key, limit)
+        rows = await self._read(sql + "ORDER BY position LIMIT ?", values)
+        return [JournalEntry(row[0], row[1], orjson.loads(row[2])) for row in rows]
+
+    async def aclose(self) -> None:
+        for executor, connection in ((self._writer, self._write_connection), (self._reader, self._read_connection)):
+            if connection is not None:
+                await asyncio.get_running_loop().run_in_executor(executor, connection.close)
+            executor.shutdown(wait=False)
+
+    def _connect(self) -> sqlite3.Connection:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(self._file, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False)
+        # FULL: an acknowledged write is on the disk, as `j: true` is elsewhere.
+        db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+        schema = _schema(self._collections)
+        made_by = zlib.crc32("".join(schema).encode()) >> 1
+        if db.execute("PRAGMA user_version").fetchone()[0] != made_by:
+            db.execute("BEGIN IMMEDIATE")
+            for statement in schema:
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {made_by}")
+            db.execute("COMMIT")
+        return db
+
+    async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        def run() -> T:
+            if self._write_connection is None:
+                self._write_connection = self._connect()
+            db = self._write_connection
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                result = work(db)
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+            return result
+
+        return await self._in(self._writer, run)
+
+    async def _read(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        def run() -> list[tuple[Any, ...]]:
+            if self._read_connection is None:
+                self._read_connection = self._connect()
+            return self._read_connection.execute(sql, values).fetchall()
+
+        return await self._in(self._reader, run)
+
+    async def _in(self, executor: ThreadPoolExecutor, run: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, run)
+        except sqlite3.OperationalError as error:
+            raise Unavailable(f"the record store is away: {error}") from error
+
+
+def _schema(collections: Sequence[Collection]) -> list[str]:
+    statements = [part for part in JOURNAL_SCHEMA.split(";") if part.strip()]
+    for c in collections:
+        statements.append(
+            f"CREATE TABLE IF NOT EXISTS {c.name} (id TEXT PRIMARY KEY, version INTEGER NOT NULL, "
+            "pending INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID"
+        )
+        statements.append(f"CREATE INDEX IF NOT EXISTS {c.name}_pending ON {c.name} (pending) WHERE pending = 1")
+        statements += [f"CREATE UNIQUE INDEX IF NOT EXISTS {c.name}_u_{f} ON {c.name} ({_field(f)})" for f in c.unique]
+        statements += [
+            f"CREATE INDEX IF NOT EXISTS {c.name}_l_{f} ON {c.name} ({_field(f)}, {_field('created_at')}, id)"
+            for f in c.listed_by
+        ]
+    return statements
+
+
+def _field(name: str) -> str:
+    if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
+        raise ValueError(f"not a field name: {name!r}")
+    return "id" if name == "_id" else f"doc ->> '$.{name}'"
+
+
+def _encode(document: Document) -> str:
+    # SQLite's JSON functions read text; bytes would be stored as a blob.
+    return orjson.dumps(document).decode()
+
+
+def _insert(db: sqlite3.Connection, collection: Collection, document: Document) -> None:
+    sql = f"INSERT INTO {collection.name} (id, version, pending, doc) VALUES (?, ?, ?, ?)"  # noqa: S608
+    row = (document["_id"], document["version"], int(bool(document["outbox"])), _encode(document))
+    _unique(lambda: db.execute(sql, row))
+
+
+def _replace(db: sqlite3.Connection, collection: Collection, document: Document, version: int) -> bool:
+    sql = f"UPDATE {collection.name} SET version = ?, pending = ?, doc = ? WHERE id = ? AND version = ?"  # noqa: S608
+    row = (document["version"], int(bool(document["outbox"])), _encode(document), document["_id"], version)
+    return bool(_unique(lambda: db.execute(sql, row)).rowcount == 1)
+
+
+def _settle(db: sqlite3.Connection, collection: Collection, id: str, event_ids: frozenset[str]) -> None:
+    row = db.execute(f"SELECT doc FROM {collection.name} WHERE id = ?", (id,)).fetchone()  # noqa: S608
+    if row is None:
+        return
+    document: Document = orjson.loads(row[0])
+    version = document["version"]
+    document["outbox"] = [entry for entry in document["outbox"] if entry["headers"]["ce_id"] not in event_ids]
+    # The version moves, so a concurrent compare-and-set cannot bring the published events back.
+    document["version"] = version + 1
+    _replace(db, collection, document, version)
+
+
+def _unique(write: Callable[[], sqlite3.Cursor]) -> sqlite3.Cursor:
+    try:
+        return write()
+    except sqlite3.IntegrityError as error:
+        match = UNIQUE_FAILED.search(str(error))
+        if match is None:
+            raise
+        index, column = match.groups()
+        raise DuplicateRecord(index.rpartition("_u_")[2] if index else column.rpartition(".")[2]) from error

@@ -1,0 +1,83 @@
+"""The record store port: documents with compare-and-set, an outbox in every document, and the journal of all events.
+
+A document is a JSON object with `_id`, `version` (1 at insert, +1 at every write) and `outbox` (events decided by the
+same write, not yet on the log). Adapters: `sqlite`. The contract suite is tests/contracts/test_record_store.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Document = dict[str, Any]
+
+
+class DuplicateRecord(Exception):
+    """A document with this `_id`, or with the same value under a unique index, exists; `field` says which."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(field)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A collection and the indexes its queries need."""
+
+    name: str
+    unique: tuple[str, ...] = ()
+    """Fields with a unique index (documents without the field are not compared)."""
+    listed_by: tuple[str, ...] = ()
+    """Equality fields of its lists; each gets an index together with (`created_at`, `_id`)."""
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    position: int
+    """Ascending in the order of appending; has gaps."""
+    event_id: str
+    stored: dict[str, Any]
+    """As `Envelope.stored` gave it."""
+
+
+class RecordStore(Protocol):
+    """Raises `Unavailable` within the busy timeout when the store is locked or away."""
+
+    async def insert(self, collection: Collection, document: Document) -> None:
+        """Write a new document, outbox included. Raises `DuplicateRecord`."""
+        ...
+
+    async def get(self, collection: Collection, id: str) -> Document | None: ...
+
+    async def replace(self, collection: Collection, document: Document, version: int) -> bool:
+        """Write the whole document if the stored one has `version`; says whether it did. Raises `DuplicateRecord`."""
+        ...
+
+    async def find(
+        self,
+        collection: Collection,
+        where: Mapping[str, Any],
+        *,
+        limit: int,
+        after: tuple[str, str] | None = None,
+        newest_first: bool = True,
+    ) -> list[Document]:
+        """Documents whose top-level fields equal `where`, by (`created_at`, `_id`), from behind the `after` pair on."""
+        ...
+
+    async def pending(self, collections: Sequence[Collection], limit: int) -> list[tuple[Collection, Document]]:
+        """Documents with a non-empty outbox."""
+        ...
+
+    async def settle(self, collection: Collection, id: str, event_ids: Sequence[str]) -> None:
+        """Take published events out of a document's outbox."""
+        ...
+
+    async def journal(self, stored: Sequence[dict[str, Any]]) -> None:
+        """Append events; one that is there already, by event id, is left as it is."""
+        ...
+
+    async def read_journal(self, *, after: int = 0, limit: int = 1000, key: str | None = None) -> list[JournalEntry]:
+        """Entries behind position `after`, in order; only those of one aggregate when `key` is given."""
+        ...
+
+    async def aclose(self) -> None: ...

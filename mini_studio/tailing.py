@@ -1,0 +1,54 @@
+"""Prints events as any Kafka client sees them."""
+
+import asyncio
+import sys
+from typing import Any
+
+import orjson
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from events.registry import UndecodableEvent, decode
+from events.topics import Topic
+from mini_studio.bus.delivery import text_headers
+from mini_studio.settings import Settings
+
+
+async def tail(settings: Settings, *, follow: bool, subject: str | None, as_json: bool) -> None:
+    """Every event from the beginning of the log, by assignment: nobody's position moves."""
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=settings.kafka.bootstrap, auto_offset_reset="earliest", enable_auto_commit=False
+    )
+    await asyncio.wait_for(consumer.start(), 10)
+    try:
+        topics = [topic.value for topic in Topic]
+        partitions = [TopicPartition(t, p) for t in topics for p in sorted(consumer.partitions_for_topic(t) or {0})]
+        consumer.assign(partitions)
+        quiet = 0
+        while follow or quiet < 2:
+            batches = await consumer.getmany(timeout_ms=500)
+            quiet = 0 if batches else quiet + 1
+            records = [record for batch in batches.values() for record in batch]
+            for record in sorted(records, key=lambda r: r.timestamp):
+                line = render(record, subject, as_json)
+                if line is not None:
+                    sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+    finally:
+        await consumer.stop()
+
+
+def render(record: Any, subject: str | None, as_json: bool) -> str | None:
+    """One record as a line; None when it is not of `subject`."""
+    headers = text_headers(record)
+    if subject is not None and headers.get("ce_subject") != subject:
+        return None
+    try:
+        envelope = decode(record.key, headers, record.value)
+    except UndecodableEvent as error:
+        return f"?? {record.topic}/{record.partition}@{record.offset}: {error.reason}"
+    if as_json:
+        place = {"topic": record.topic, "partition": record.partition, "offset": record.offset}
+        return orjson.dumps({**place, **headers, "data": envelope.data.model_dump(mode="json")}).decode()
+    data = {k: v for k, v in envelope.data.model_dump(mode="json", exclude_none=True).items() if v != envelope.subject}
+    time = envelope.time.astimezone().strftime("%H:%M:%S.%f")[:-3]
+    return f"{time} {envelope.type:32} {envelope.subject} #{envelope.sequence} {orjson.dumps(data).decode()[:160]}"

@@ -1,0 +1,139 @@
+"""The composition root: `open_studio(settings)` builds every part once and hands it down."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mini_studio.bus.kafka import Publisher
+from mini_studio.bus.relay import Relay
+from mini_studio.drivers.catalogue import ModelCatalogue
+from mini_studio.drivers.dfs import DfsStore
+from mini_studio.drivers.ports import BlobStore, ServingDriver, TrainingCluster
+from mini_studio.ingest import DatasetIntake
+from mini_studio.records.datasets import Dataset, DatasetProfile, Datasets
+from mini_studio.records.deployments import Deployment, Deployments
+from mini_studio.records.idempotency import IdempotencyKey, IdempotencyKeys
+from mini_studio.records.jobs import Job
+from mini_studio.records.projection import Projections
+from mini_studio.records.record import Repository
+from mini_studio.records.releases import Release
+from mini_studio.records.routes import RouteRecord
+from mini_studio.records.sqlite import SqliteStore
+from mini_studio.records.store import Collection, RecordStore
+from mini_studio.records.training_runs import TrainingRun
+from mini_studio.settings import Settings
+
+if TYPE_CHECKING:
+    from mini_studio.drivers.s3 import S3Store
+
+RECORDS = (Dataset, DatasetProfile, Job, TrainingRun, Deployment, Release, RouteRecord, IdempotencyKey)
+COLLECTIONS: tuple[Collection, ...] = tuple(record.COLLECTION for record in RECORDS)
+
+DECIDED_BY: dict[str, tuple[Collection, ...]] = {
+    "api": (Dataset.COLLECTION, Job.COLLECTION, Deployment.COLLECTION),
+    "datasets": (DatasetProfile.COLLECTION,),
+    "training": (TrainingRun.COLLECTION,),
+    "serving": (Release.COLLECTION,),
+    "jobs": (),
+    "routes": (RouteRecord.COLLECTION,),
+}
+"""Whose outboxes each process relays right after its writes; the standalone relay sweeps all of them."""
+
+
+class Studio:
+    """Every part of the studio that a process may need. Drivers are built when they are first asked for."""
+
+    def __init__(self, settings: Settings, relayed: Sequence[Collection] = (), *, sweeper: bool = False) -> None:
+        self.settings = settings
+        self.store: RecordStore = SqliteStore(
+            settings.record_file, COLLECTIONS, busy_timeout_s=settings.records.busy_timeout_s
+        )
+        self.publisher = Publisher(settings.kafka)
+        self.relay = Relay(
+            self.store, self.publisher, relayed, min_age_s=2.0 if sweeper else 0.0, poll_s=1.0 if sweeper else None
+        )
+        wake = self.relay.wake
+        self.datasets = Datasets(self.store, Dataset, wake)
+        self.profiles = Repository(self.store, DatasetProfile, wake)
+        self.jobs = Projections(self.store, Job, wake)
+        self.runs = Repository(self.store, TrainingRun, wake)
+        self.deployments = Deployments(self.store, Deployment, wake)
+        self.releases = Repository(self.store, Release, wake)
+        self.routes = Repository(self.store, RouteRecord, wake)
+        self.keys = IdempotencyKeys(self.store, IdempotencyKey, wake)
+        self.runs_changed = asyncio.Event()
+        """Set when the training reconciler should look now, not at its next turn."""
+        self.releases_changed = asyncio.Event()
+
+    @cached_property
+    def dfs(self) -> BlobStore:
+        return DfsStore(self.settings.dfs)
+
+    @cached_property
+    def s3(self) -> "S3Store":
+        from mini_studio.drivers.s3 import S3Store
+
+        return S3Store(self.settings.s3)
+
+    @cached_property
+    def intake(self) -> DatasetIntake:
+        return DatasetIntake(self.dfs, self.s3, self.settings.uploads)
+
+    @cached_property
+    def catalogue(self) -> ModelCatalogue:
+        return ModelCatalogue(self.settings.models)
+
+    @cached_property
+    def cluster(self) -> TrainingCluster:
+        from mini_studio.drivers.ray import RayCluster
+
+        return RayCluster(self.settings.training.ray_address, timeout_s=self.settings.training.ray_timeout_s)
+
+    @cached_property
+    def serving(self) -> ServingDriver:
+        from mini_studio.drivers.local_process import LocalProcessDriver
+
+        return LocalProcessDriver(self.settings.data.resolve() / "serving", self.settings.models, self.settings.serving)
+
+    async def prepare_buckets(self) -> None:
+        """Create the bucket where it is missing."""
+        await self.s3.ensure_bucket()
+
+    def broker_epoch(self) -> int:
+        """Changes when the embedded broker was replaced by an empty one; constant on a broker that keeps its log."""
+        try:
+            return broker_epoch_file(self.settings).stat().st_mtime_ns if self.settings.kafka.refill else 0
+        except OSError:
+            return 0
+
+    async def aclose(self) -> None:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self.store.aclose)
+            stack.push_async_callback(self.publisher.aclose)
+            for name in ("s3", "cluster", "serving"):
+                part = self.__dict__.get(name)
+                if part is not None and hasattr(part, "aclose"):
+                    stack.push_async_callback(part.aclose)
+
+
+def broker_epoch_file(settings: Settings) -> Path:
+    return settings.data / "run" / "broker-epoch"
+
+
+@asynccontextmanager
+async def open_studio(
+    settings: Settings, *, relayed: Sequence[Collection] = (), sweeper: bool = False
+) -> AsyncIterator[Studio]:
+    """A studio whose relay publishes the outboxes of `relayed`; everything is closed at the end."""
+    studio = Studio(settings, relayed, sweeper=sweeper)
+    relaying = asyncio.create_task(studio.relay.run()) if relayed else None
+    try:
+        yield studio
+    finally:
+        if relaying is not None:
+            relaying.cancel()
+            await asyncio.gather(relaying, return_exceptions=True)
+        await studio.aclose()

@@ -1,0 +1,113 @@
+"""The record store contract, run on every adapter."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from mini_studio.errors import Unavailable
+from mini_studio.records.sqlite import SqliteStore
+from mini_studio.records.store import Collection, Document, DuplicateRecord, RecordStore
+
+THINGS = Collection("things", unique=("name",), listed_by=("client_code",))
+
+
+@pytest.fixture(params=["sqlite"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RecordStore]:
+    store = SqliteStore(tmp_path / "records.sqlite", [THINGS], busy_timeout_s=0.3)
+    yield store
+    await store.aclose()
+
+
+def thing(
+    id: str, *, name: str | None = None, client: str = "acme", at: str = "2026-01-01", events: int = 0
+) -> Document:
+    outbox = [{"topic": "t", "key": id, "headers": {"ce_id": f"{id}-{n}"}, "value": "{}"} for n in range(events)]
+    return {"_id": id, "version": 1, "outbox": outbox, "name": name or id, "client_code": client, "created_at": at}
+
+
+async def test_reads_what_it_wrote(store: RecordStore) -> None:
+    await store.insert(THINGS, thing("a"))
+    assert await store.get(THINGS, "a") == thing("a")
+    assert await store.get(THINGS, "b") is None
+
+
+async def test_an_id_is_taken_once(store: RecordStore) -> None:
+    await store.insert(THINGS, thing("a"))
+    with pytest.raises(DuplicateRecord) as caught:
+        await store.insert(THINGS, thing("a", name="other"))
+    assert caught.value.field == "id"
+
+
+async def test_a_unique_field_is_taken_once(store: RecordStore) -> None:
+    await store.insert(THINGS, thing("a", name="same"))
+    with pytest.raises(DuplicateRecord) as caught:
+        await store.insert(THINGS, thing("b", name="same"))
+    assert caught.value.field == "name"
+
+
+async def test_compare_and_set_has_one_winner(store: RecordStore) -> None:
+    await store.insert(THINGS, thing("a"))
+    for version in range(1, 20):
+        writes = [store.replace(THINGS, {**thing("a"), "version": version + 1, "by": n}, version) for n in range(10)]
+        assert sum(await asyncio.gather(*writes)) == 1
+
+
+async def test_lists_newest_first_by_keyset(store: RecordStore) -> None:
+    for n in range(25):
+        await store.insert(THINGS, thing(f"t{n:02}", at=f"2026-01-{1 + n // 2:02}"))
+    await store.insert(THINGS, thing("z", client="other", at="2026-02-01"))
+    seen: list[str] = []
+    after: tuple[str, str] | None = None
+    while page := await store.find(THINGS, {"client_code": "acme"}, limit=7, after=after):
+        seen += [document["_id"] for document in page]
+        after = (page[-1]["created_at"], page[-1]["_id"])
+    assert seen == [f"t{n:02}" for n in reversed(range(25))]
+
+
+async def test_outbox_is_pending_until_settled(store: RecordStore) -> None:
+    await store.insert(THINGS, thing("a", events=2))
+    await store.insert(THINGS, thing("b"))
+    (found,) = await store.pending([THINGS], 10)
+    assert found[1]["_id"] == "a"
+    await store.settle(THINGS, "a", ["a-0"])
+    after = await store.get(THINGS, "a")
+    assert after is not None
+    assert [entry["headers"]["ce_id"] for entry in after["outbox"]] == ["a-1"]
+    assert not await store.replace(THINGS, {**thing("a", events=2), "version": 2}, 1), (
+        "a stale write brings nothing back"
+    )
+    await store.settle(THINGS, "a", ["a-1"])
+    assert await store.pending([THINGS], 10) == []
+
+
+async def test_journal_keeps_each_event_once_and_in_order(store: RecordStore) -> None:
+    entries = thing("a", events=3)["outbox"] + thing("b", events=1)["outbox"]
+    await store.journal(entries)
+    await store.journal(entries)
+    read = await store.read_journal()
+    assert [entry.stored for entry in read] == entries
+    assert [entry.event_id for entry in await store.read_journal(after=read[1].position)] == ["a-2", "b-0"]
+    assert [entry.event_id for entry in await store.read_journal(key="b")] == ["b-0"]
+
+
+async def test_a_second_process_sees_and_fences(store: RecordStore, tmp_path: Path) -> None:
+    other = SqliteStore(tmp_path / "records.sqlite", [THINGS])
+    await store.insert(THINGS, thing("a"))
+    assert await other.replace(THINGS, {**thing("a"), "version": 2}, 1)
+    assert not await store.replace(THINGS, {**thing("a"), "version": 2}, 1)
+    await other.aclose()
+
+
+async def test_a_locked_store_is_unavailable_soon(store: RecordStore, tmp_path: Path) -> None:
+    await store.insert(THINGS, thing("a"))
+    lock = sqlite3.connect(tmp_path / "records.sqlite", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    with pytest.raises(Unavailable):
+        await store.insert(THINGS, thing("b"))
+    assert await store.get(THINGS, "a") is not None, "readers go on"
+    lock.execute("ROLLBACK")
+    lock.close()
+    await store.insert(THINGS, thing("b"))
