@@ -32,15 +32,12 @@ Service = Callable[[Any], Coroutine[Any, Any, None]]
 class Consumer:
     """Declares what one consumer does; `broker` binds it to a studio. Declaring connects to nothing."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, group: str | None = None) -> None:
         self.name = name
+        self.group = group or f"mini-studio.{name}"
         self.topics: tuple[Topic, ...] = READERS[name]
         self.handlers: dict[type[Event], Handler] = {}
         self.services: list[Service] = []
-
-    @property
-    def group(self) -> str:
-        return f"mini-studio.{self.name}"
 
     def on(self, *types: type[Event]) -> Callable[[H], H]:
         """Register the handler of one or more event types. Other known types are none of this consumer's business."""
@@ -109,10 +106,12 @@ async def start_broker(broker: KafkaBroker, retry_s: float = 1.0) -> None:
     while True:
         try:
             await broker.connect()
+            # Not broker.start(): it starts one after another, and a slow group join would add up.
             await asyncio.gather(*(subscriber.start() for subscriber in broker.subscribers))
-            await broker.start()
         except Exception as error:
             log.warning("consumer.waiting_for_broker", reason=repr(error))
+            await asyncio.gather(*(subscriber.stop() for subscriber in broker.subscribers), return_exceptions=True)
             await asyncio.sleep(retry_s)
         else:
+            broker.running = True
             return

@@ -1,6 +1,6 @@
 """`tiny-llama`: a Llama of about 1M parameters, built here from a fixed seed with no download.
 
-Its weights are random, it has never seen text: full fine-tuning, its default, makes it learn a small dataset within seconds.
+Its weights are random, it has never seen text: fine-tuning makes it learn a small dataset by heart within seconds, and nothing else.
 The tokenizer knows bytes only, so it can write any text; `<|im_end|>` ends completions and chat turns alike.
 """
 
@@ -11,6 +11,10 @@ from workloads.base_models.chat import CHATML
 
 SEED = 20240
 CONTEXT = 2048
+INIT = 0.2
+"""Ten times the customary 0.02, which is meant for wide models. At this width it made the difference between 13 and 20 of 20 answers
+learnt exactly by full fine-tuning, and it is what lets LoRA, which learnt nothing at 0.02, learn them too."""
+
 _SPECIAL = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -29,6 +33,7 @@ def build(target: Path) -> int:
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
+        initializer_range=INIT,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

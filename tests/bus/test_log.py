@@ -1,0 +1,157 @@
+"""Outbox to consumer over a real broker: relay, journal, delivery, dead letters, redelivery."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from consumers import jobs
+from events.base import Cause, Envelope
+from events.fine_tuning import DatasetRef, FineTuneRequested, FineTuneStarted, Hyperparameters
+from events.topics import Topic, dead_letter_topic
+from events.types import new_id
+from mini_studio.bus.consumer import Consumer, start_broker
+from mini_studio.bus.relay import outgoing
+from mini_studio.errors import Unavailable
+from mini_studio.records.jobs import Job
+from mini_studio.records.projection import requested
+from mini_studio.wiring import Studio
+
+CAUSE = Cause(correlation_id="test")
+
+
+def a_request(client: str = "acme") -> Job:
+    id = new_id("job")
+    event = FineTuneRequested(
+        job_id=id,
+        base_model="tiny-llama",
+        fine_tuned_model=f"ft:tiny-llama:{client}:{id[-8:]}",
+        dataset=DatasetRef(id=new_id("ds"), dfs_path="/d", sha256="0" * 64, rows=1),
+        hyperparameters=Hyperparameters(
+            n_epochs=1, batch_size=1, learning_rate_multiplier=0.1, prompt_loss_weight=0, seed=0, method="full"
+        ),
+    )
+    return requested(Job, event, subject=id, client_code=client, cause=CAUSE)
+
+
+@asynccontextmanager
+async def running(consumer: Consumer, studio: Studio) -> AsyncIterator[None]:
+    broker = consumer.broker(studio.settings.kafka, studio.publisher, studio)
+    await start_broker(broker)
+    yield
+    await asyncio.wait_for(broker.stop(), 20)
+
+
+def collector(handle: Callable[[Envelope[Any]], Any] = lambda envelope: None) -> tuple[Consumer, list[Envelope[Any]]]:
+    """A consumer of fine-tunes under a fresh group that keeps what it gets."""
+    consumer, seen = Consumer("jobs", group=f"test.{uuid.uuid4()}"), []
+
+    @consumer.on(FineTuneRequested, FineTuneStarted)
+    async def keep(envelope: Envelope[Any], studio: Studio) -> None:
+        handle(envelope)
+        seen.append(envelope)
+
+    return consumer, seen
+
+
+async def until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.02)
+
+
+async def test_a_written_record_reaches_the_journal_and_every_consumer(studio: Studio) -> None:
+    consumer, seen = collector()
+    job = a_request()
+    async with running(consumer, studio):
+        await studio.jobs.insert(job)
+        await until(lambda: job.id in [e.subject for e in seen])
+    (got,) = [e for e in seen if e.subject == job.id]
+    assert (got.sequence, got.client_code, got.data.base_model) == (1, "acme", "tiny-llama")
+    assert [entry.event_id for entry in await studio.store.read_journal(key=job.id)] == [got.id]
+    deadline = time.monotonic() + 10
+    while await studio.store.pending([Job.COLLECTION], 10):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+async def test_an_outage_is_waited_out_in_order(studio: Studio) -> None:
+    failures = 3
+    tries: list[str] = []
+
+    def fail_first(envelope: Envelope[Any]) -> None:
+        tries.append(envelope.subject)
+        if len(tries) <= failures:
+            raise Unavailable("away")
+
+    first, second = a_request(), a_request()
+    consumer, seen = collector(lambda e: fail_first(e) if e.subject in (first.id, second.id) else None)
+    await studio.jobs.insert(first)
+    await studio.jobs.insert(second)
+    async with running(consumer, studio):
+        await until(lambda: second.id in [e.subject for e in seen])
+    handled = [e.subject for e in seen if e.subject in (first.id, second.id)]
+    assert sorted(handled) == sorted([first.id, second.id]), "each once"
+    assert tries[: failures + 1] == [tries[0]] * (failures + 1), "the partition waits for its first record"
+
+
+async def test_poison_is_dead_lettered_as_it_is_and_the_good_goes_on(studio: Studio) -> None:
+    poison: list[tuple[bytes | None, list[tuple[str, Any]]]] = [
+        (b"\xff\xfe not json", [("ce_specversion", b"1.0"), ("ce_type", b"fine_tune.requested.v1")]),
+        (b"{}", [("ce_specversion", b"1.0"), ("ce_type", b"nobody.knows.v9")]),
+        (b"{}", [("binary", b"\xff\xfe"), ("null", None)]),
+        (None, []),
+    ]
+    mark = uuid.uuid4().hex.encode()
+    producer = AIOKafkaProducer(bootstrap_servers=studio.settings.kafka.bootstrap)
+    await producer.start()
+    for value, headers in poison:
+        await producer.send_and_wait(Topic.FINE_TUNES, key=mark, value=value, headers=headers)
+    await producer.stop()
+    consumer, seen = collector()
+    job = a_request()
+    await studio.jobs.insert(job)
+    async with running(consumer, studio):
+        await until(lambda: job.id in [e.subject for e in seen])
+    dead = [r for r in await read_all(studio, dead_letter_topic(Topic.FINE_TUNES, "jobs")) if r.key == mark]
+    assert [(r.value or None) for r in dead] == [value for value, _ in poison]
+    for record, (_, headers) in zip(dead, poison, strict=True):
+        added = dict(record.headers)
+        assert all(added.get(name) == (value or b"") or added.get(name) == value for name, value in headers)
+        assert added["dlq_topic"] == Topic.FINE_TUNES.encode()
+        assert added["dlq_reason"]
+
+
+async def read_all(studio: Studio, topic: str) -> list[Any]:
+    consumer = AIOKafkaConsumer(bootstrap_servers=studio.settings.kafka.bootstrap, auto_offset_reset="earliest")
+    await consumer.start()
+    consumer.assign([TopicPartition(topic, 0)])
+    records: list[Any] = []
+    for _ in range(4):
+        for batch in (await consumer.getmany(timeout_ms=500)).values():
+            records += batch
+    await consumer.stop()
+    return records
+
+
+async def test_job_records_follow_the_log_once(studio: Studio) -> None:
+    job = a_request()
+    async with running(jobs.consumer, studio):
+        await studio.jobs.insert(job)
+        started = FineTuneStarted(job_id=job.id, attempt=1, submission_id="x")
+        envelope = Envelope.of(started, subject=job.id, sequence=1, client_code="acme", cause=CAUSE)
+        entry = envelope.stored()
+        await studio.store.journal([entry])
+        for _ in range(3):
+            await studio.publisher.publish([outgoing(entry)])
+        deadline = time.monotonic() + 30
+        while (found := await studio.jobs.get("acme", job.id)) is None or found.status != "running":
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+    assert found.applied == {"api": 1, "training": 1}
+    assert found.attempt == 1
