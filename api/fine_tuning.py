@@ -73,7 +73,7 @@ async def upload_dataset(
 ) -> DatasetUploadResponse:
     """Upload JSON lines: all `prompt`/`completion`, or all chat `messages`. Checked line by line as it streams in."""
     async with submissions.receiving(studio) as intake:
-        form = await read_multipart(request, on_chunk=intake.write, limits=studio.settings.uploads, file_field="file")
+        form = await read_multipart(request, on_chunk=intake.write, limits=studio.settings.uploads)
         await intake.finish()
     dataset = await submissions.add_dataset(studio, client_code, intake, form.filename, cause, key)
     return submissions.dataset_view(dataset)

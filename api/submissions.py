@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from fastapi import Request
-from mini_studio.ingest import Intake
 from pydantic import BaseModel
 
 from api.uploads import read_multipart
@@ -16,6 +15,7 @@ from events.datasets import DatasetUploaded
 from events.fine_tuning import DatasetRef, FineTuneRequested
 from events.types import derived_id, new_id
 from mini_studio.errors import BadRequest, Conflict, Invalid, NotFound, TooLarge
+from mini_studio.ingest import Intake
 from mini_studio.records.datasets import Dataset
 from mini_studio.records.idempotency import fingerprint
 from mini_studio.records.jobs import Job
@@ -76,10 +76,10 @@ async def submit_form(request: Request, studio: Studio, cause: Cause, key: str |
     """A multipart submission: the file is the dataset, the other parts are the fields."""
     async with receiving(studio) as intake:
         form = await read_multipart(
-            request, on_chunk=intake.write, limits=studio.settings.uploads, file_field=("dataset_filename", "file")
+            request, on_chunk=intake.write, limits=studio.settings.uploads, file_fields=("dataset_filename", "file")
         )
         body = FineTuningJobRequest.model_validate({**fields(form.fields), "dataset_filename": "uploaded"})
-        hyperparameter_check(body, studio)
+        studio.catalogue.require(body.model)
         await intake.finish()
     dataset = await add_dataset(studio, body.client_code, intake, form.filename, cause, key and f"submit\x00{key}")
     return await submit(body.model_copy(update={"dataset_filename": dataset.id}), studio, cause, key)
@@ -94,10 +94,6 @@ def fields(texts: dict[str, str]) -> dict[str, Any]:
         except ValueError:
             raise Invalid("lora: must be a JSON object or null", details=[{"field": "lora"}]) from None
     return {name: value for name, value in values.items() if value != "" or name in ("client_code", "model")}
-
-
-def hyperparameter_check(body: FineTuningJobRequest, studio: Studio) -> None:
-    studio.catalogue.require(body.model)
 
 
 async def submit(body: FineTuningJobRequest, studio: Studio, cause: Cause, key: str | None) -> Job:

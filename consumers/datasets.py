@@ -8,6 +8,7 @@ from events.base import Envelope
 from events.datasets import DatasetProfiled, DatasetUploaded
 from mini_studio.bus.consumer import Consumer
 from mini_studio.errors import NotFound
+from mini_studio.ingest import key_of
 from mini_studio.records.datasets import DatasetProfile
 from mini_studio.records.projection import timestamp
 from mini_studio.records.record import ANYONE
@@ -47,7 +48,7 @@ async def project(envelope: Envelope[DatasetProfiled], studio: Studio) -> None:
 async def examine(envelope: Envelope[DatasetUploaded], studio: Studio) -> DatasetProfiled:
     """Read both copies once."""
     uploaded = envelope.data
-    key = studio.intake.key(envelope.client_code, uploaded.dataset_id)
+    key = key_of(uploaded.dfs_path)
     damaged = []
     for name, store in (("shared file system", studio.dfs), ("S3", studio.s3)):
         if await digest(store.read(key)) != uploaded.sha256:

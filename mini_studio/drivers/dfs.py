@@ -1,1 +1,98 @@
-class DfsStore: ...
+"""The shared file system: a folder on this machine, or a mounted volume."""
+
+import asyncio
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import BinaryIO
+
+from mini_studio.errors import Invalid, NotFound, Unavailable
+
+CHUNK = 1024 * 1024
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}(/[A-Za-z0-9][A-Za-z0-9._-]{0,200}){0,8}")
+PARTIAL = ".partial-"
+"""Prefix of files that are being written; the sweep deletes old ones."""
+
+
+class DfsWriter:
+    """Writes in a thread, so a slow disk holds up nobody else."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    async def write(self, chunk: bytes) -> None:
+        try:
+            await asyncio.to_thread(self._file.write, chunk)
+        except OSError as error:
+            raise Unavailable(f"the shared file system refused a write: {error.strerror}; free some space") from error
+
+
+class DfsStore:
+    """Implements `BlobStore`. A blob appears under its key by an atomic rename after it is on the disk."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def location(self, key: str) -> str:
+        return str(self._path(key))
+
+    @contextlib.asynccontextmanager
+    async def writer(self, key: str) -> AsyncIterator[DfsWriter]:
+        path = self._path(key)
+        file = await asyncio.to_thread(_open_partial, path)
+        try:
+            yield DfsWriter(file)
+            await asyncio.to_thread(_commit, file, path)
+        except BaseException:
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+    async def read(self, key: str) -> AsyncIterator[bytes]:
+        try:
+            file = await asyncio.to_thread(self._path(key).open, "rb")
+        except FileNotFoundError:
+            raise NotFound(f"there is no {key} on the shared file system") from None
+        with file:
+            while chunk := await asyncio.to_thread(file.read, CHUNK):
+                yield chunk
+
+    async def delete(self, key: str) -> None:
+        await asyncio.to_thread(self._path(key).unlink, missing_ok=True)
+
+    async def list(self, prefix: str) -> AsyncIterator[tuple[str, int, float]]:
+        for path in await asyncio.to_thread(lambda: sorted(self._root.rglob("*"))):
+            key = path.relative_to(self._root).as_posix()
+            if key.startswith(prefix):
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.stat()
+                    if path.is_file():
+                        yield key, found.st_size, found.st_mtime
+
+    def _path(self, key: str) -> Path:
+        if not KEY.fullmatch(key) and not Path(key).name.startswith(PARTIAL):
+            raise Invalid(f"not a blob key: {key[:100]!r}")
+        return self._root / key
+
+
+def _open_partial(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.NamedTemporaryFile(dir=path.parent, prefix=PARTIAL, delete=False)  # type: ignore[return-value]
+    except OSError as error:
+        raise Unavailable(
+            f"the shared file system refused a file: {error.strerror}; check its space and rights"
+        ) from error
+
+
+def _commit(file: BinaryIO, path: Path) -> None:
+    try:
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise Unavailable(f"the shared file system refused a write: {error.strerror}; free some space") from error

@@ -1,0 +1,51 @@
+"""`python -m tests.fakes.model_server STATUS_FILE MODEL WEIGHTS`: behaves as a model server does towards its driver, without a model.
+
+The model's name says what it does: `fails...` cannot load, `dies...` crashes at once, `stubborn...` ignores SIGTERM, all else serves.
+"""
+
+import http.server
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    status_file, model, weights = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+    def tell(state: str, **more: object) -> None:
+        fresh = status_file.with_suffix(".new")
+        fresh.write_text(json.dumps({"state": state, "pid": os.getpid(), **more}))
+        fresh.replace(status_file)
+
+    print("loading", model, flush=True)
+    if model.startswith("stubborn"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    tell("starting")
+    if model.startswith("fails"):
+        tell("failed", error="The model cannot be had; add it with `mini-studio models add`.")
+        return 1
+    if model.startswith("dies"):
+        print("a traceback that says why", flush=True)
+        return 3
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler(model, weights)) as server:
+        tell("ready", port=server.server_port)
+        server.serve_forever()
+    return 0
+
+
+def handler(model: str, weights: str) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"model": model, "weights": weights, "pid": os.getpid()}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    return Handler
+
+
+if __name__ == "__main__":
+    sys.exit(main())
