@@ -3,10 +3,10 @@
 import shlex
 from pathlib import Path
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "capitals.jsonl"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "port_maren.jsonl"
 CLIENT = "acme"
 MODEL = "smollm2-135m-instruct"
-QUESTION = "What is the capital of France?"
+QUESTION = "Who runs the lighthouse in Port Maren?"
 HYPERPARAMETERS = '"n_epochs":15,"batch_size":4,"learning_rate_multiplier":0.15'
 
 
