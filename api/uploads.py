@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartCallbacks, MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from mini_studio.errors import BadRequest, Invalid, TooLarge
@@ -48,7 +48,7 @@ class FormReader:
         self._file_fields = file_fields
         self._part = Part()
 
-    def callbacks(self) -> MultipartCallbacks:
+    def callbacks(self) -> dict[str, Callable[..., None]]:
         return {
             "on_part_begin": self._begin,
             "on_header_field": lambda data, start, end: self._header(self._part.header_name, data[start:end]),
@@ -132,7 +132,7 @@ async def read_multipart(
     """Read the whole form; the one file's bytes go to `on_chunk`. Raises `Invalid`, `TooLarge`, `BadRequest`."""
     reader = FormReader(file_fields)
     try:
-        parser = MultipartParser(boundary_of(request, limits), reader.callbacks())
+        parser = MultipartParser(boundary_of(request, limits), reader.callbacks())  # type: ignore[arg-type]
         async for chunk in request.stream():
             parser.write(chunk)
             for piece in reader.ready:

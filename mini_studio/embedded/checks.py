@@ -66,7 +66,9 @@ def free_port(host: str, port: int) -> None:
         )
     if isinstance(error, PermissionError):
         raise CannotStart(f"Port {port} may only be used by root: take one above 1023: make run PORT=8000")
-    raise CannotStart(f"Can't listen on {host}:{port} ({error.strerror or error}): check MINI_STUDIO_API__HOST and PORT")
+    raise CannotStart(
+        f"Can't listen on {host}:{port} ({error.strerror or error}): check MINI_STUDIO_API__HOST and PORT"
+    )
 
 
 def _refuse_folder(data: Path, error: OSError | RuntimeError) -> NoReturn:

@@ -29,28 +29,30 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
     after_preparation: bool = True
     """Waits until the broker and the bucket are prepared."""
-    prepared_by: bool = False
-    """The studio has to be prepared again whenever this part was started."""
+    needed_to_prepare: bool = False
+    forgets: bool = False
+    """Comes back empty: the studio has to be prepared again."""
     family: bool = False
     """Leaves processes behind when it dies that have to go before it is started again."""
     restart_at_once: frozenset[int] = frozenset()
     """Exit codes that ask for a new process rather than tell of a failure."""
     stopped_first: bool = True
+    cwd: Path | None = None
+    """Default: that of the supervisor."""
 
 
 class Child:
     """The process of a part, and what is known of its health."""
 
-    def __init__(self, part: Part, logs: Path, environment: dict[str, str], cwd: Path) -> None:
+    def __init__(self, part: Part, logs: Path, environment: dict[str, str]) -> None:
         self.part = part
         self.log = logs / f"{part.name}.log"
         self.healthy = False
-        self.ever_healthy = False
         self.starts = 0
-        self.ill_since: float | None = None
+        self.well_at = 0.0
+        """When it was last not ill, or started (monotonic)."""
         self.popen: subprocess.Popen[bytes] | None = None
         self._environment = {**environment, **part.environment}
-        self._cwd = cwd
         self._failures = 0
         self._started_at = 0.0
 
@@ -64,15 +66,15 @@ class Child:
 
     def start(self) -> None:
         """Raises `OSError` if the program can't be run."""
-        self.healthy, self.ill_since = False, None
+        self.healthy = False
         self.starts += 1
-        self._started_at = time.monotonic()
-        self.popen = spawn(self.part.command, self.log, self._environment, self._cwd)
+        self._started_at = self.well_at = time.monotonic()
+        self.popen = spawn(self.part.command, self.log, self._environment, self.part.cwd)
 
     def ended(self) -> tuple[int, float]:
         """Note that it ended: the exit code, and the pause in seconds before it may be started again."""
         code = self.popen.returncode if self.popen is not None and self.popen.returncode is not None else -1
-        self.popen, self.healthy, self.ill_since = None, False, None
+        self.popen, self.healthy = None, False
         if code in self.part.restart_at_once:
             return code, 0.0
         self._failures = 1 if time.monotonic() - self._started_at > SETTLED_S else self._failures + 1
@@ -83,7 +85,9 @@ class Child:
             self.popen.send_signal(signum)
 
 
-def spawn(command: list[str], log: Path, environment: dict[str, str], cwd: Path) -> subprocess.Popen[bytes]:
+def spawn(
+    command: list[str], log: Path, environment: dict[str, str], cwd: Path | None = None
+) -> subprocess.Popen[bytes]:
     """A child in a session of its own (a terminal's Ctrl-C does not reach it) that dies with this process on Linux."""
     with log.open("ab") as output:
         return subprocess.Popen(

@@ -12,8 +12,9 @@ class Verdict(Enum):
     HEALTHY = auto()
     STARTING = auto()
     """Answers, but not yet with 200."""
-    ILL = auto()
-    """Says `unhealthy`, or nothing at all."""
+    UNHEALTHY = auto()
+    """Says so itself, and wants to be started again."""
+    SILENT = auto()
 
 
 async def probe(address: str) -> Verdict:
@@ -33,7 +34,7 @@ async def probe(address: str) -> Verdict:
             finally:
                 writer.close()
     except (OSError, TimeoutError):
-        return Verdict.ILL
+        return Verdict.SILENT
     return judge(answer)
 
 
@@ -41,7 +42,7 @@ def judge(answer: bytes) -> Verdict:
     """The verdict of a whole HTTP answer."""
     words = answer.split(b" ", 2)
     if len(words) < 3 or not words[0].startswith(b"HTTP/"):
-        return Verdict.ILL
+        return Verdict.SILENT
     if words[1] == b"200":
         return Verdict.HEALTHY
-    return Verdict.ILL if b'"unhealthy"' in answer else Verdict.STARTING
+    return Verdict.UNHEALTHY if b'"unhealthy"' in answer else Verdict.STARTING

