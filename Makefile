@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 export UV_NO_PROGRESS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo test check format lock clean
+.PHONY: help venv run demo test check format lock clean schemas
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -38,11 +38,15 @@ demo: $(STAMP) ## do the main job on the running studio
 test: $(STAMP) ## all tests
 	$(BIN)/python -m pytest
 
-check: $(STAMP) ## format, lint, types, import contracts
+check: $(STAMP) ## format, lint, types, import contracts, published schemas
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m mini_studio.publishing --check
+
+schemas: $(STAMP) ## generate schemas/published and docs/events.md from the models
+	$(BIN)/python -m mini_studio.publishing
 
 format: $(STAMP) ## format the code
 	$(BIN)/ruff format .

@@ -1,0 +1,122 @@
+"""Writes `schemas/published` and `docs/events.md` from the models: `python -m mini_studio.publishing [--check]`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from api.app import create_app
+from events.base import Event
+from events.registry import EVENTS
+from events.topics import ROUTES, Topic
+from mini_studio.bus.kafka import READERS
+from mini_studio.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "schemas" / "published"
+HEADERS = """| header | meaning |
+|---|---|
+| `ce_specversion` | `1.0` |
+| `ce_id` | the event's id, unique for ever; drop repeats by it or by sequence |
+| `ce_source` | who decided: `/mini-studio/api`, `datasets`, `training` or `serving` |
+| `ce_type` | the event's type with its version |
+| `ce_subject` | the aggregate's id; also the record's key |
+| `ce_time` | RFC 3339, UTC |
+| `ce_sequence` | contiguous from 1 per subject and source: a gap is a missing event, a repeat a duplicate |
+| `ce_clientcode` | the tenant; empty for what all clients share |
+| `ce_correlationid` | the REST request's `X-Request-ID` |
+| `ce_causationid` | the event that this one follows from |
+| `ce_traceparent` | W3C trace context, where the request had one |
+"""
+
+
+def event_schema(event: type[Event]) -> dict[str, Any]:
+    return {"$id": event.TYPE, **event.model_json_schema()}
+
+
+def asyncapi() -> dict[str, Any]:
+    """AsyncAPI 3.0: one channel per topic."""
+    messages: dict[str, Any] = {}
+    schemas: dict[str, Any] = {}
+    for event in EVENTS:
+        schema = event.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[event.__name__] = schema
+        messages[event.__name__] = {
+            "name": event.TYPE,
+            "contentType": "application/json",
+            "summary": (event.__doc__ or "").strip().splitlines()[0],
+            "payload": {"$ref": f"#/components/schemas/{event.__name__}"},
+        }
+    channels = {
+        topic.name: {
+            "address": topic.value,
+            "messages": {
+                e.__name__: {"$ref": f"#/components/messages/{e.__name__}"} for e in EVENTS if e.TOPIC is topic
+            },
+        }
+        for topic in Topic
+    }
+    operations = {
+        f"{name}.{topic.name}": {"action": "receive", "channel": {"$ref": f"#/channels/{topic.name}"}}
+        for name, topics in READERS.items()
+        for topic in topics
+    }
+    return {
+        "asyncapi": "3.0.0",
+        "info": {"title": "Mini Studio", "version": "1", "description": "Lifecycle events, CloudEvents binary mode."},
+        "channels": channels,
+        "operations": operations,
+        "components": {"messages": messages, "schemas": schemas},
+    }
+
+
+def events_page() -> str:
+    """`docs/events.md`."""
+    parts = [
+        "# Events",
+        "",
+        "Generated from `events/` by `make schemas`; do not edit.",
+        "",
+        "Every event is a CloudEvent 1.0 in Kafka's binary mode: attributes in headers, plain JSON as the value.",
+        f"Beside the events, `{ROUTES}` is a compacted topic with the gateways' routes: whole values or tombstones.",
+        "",
+        HEADERS,
+    ]
+    for topic in Topic:
+        parts += [f"## Topic `{topic.value}`", ""]
+        for event in (e for e in EVENTS if e.TOPIC is topic):
+            parts += [f"### `{event.TYPE}` ({event.__name__})", "", (event.__doc__ or "").strip(), ""]
+            parts += ["| field | required | |", "|---|---|---|"]
+            for name, field in event.model_fields.items():
+                parts.append(f"| `{name}` | {'yes' if field.is_required() else 'no'} | {field.description or ''} |")
+            parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def everything() -> dict[Path, str]:
+    """Path -> text of every generated file."""
+    app = create_app(Settings(data=Path(".studio")))
+    files: dict[Path, Any] = {PUBLISHED / f"{event.TYPE}.json": event_schema(event) for event in EVENTS}
+    files |= {PUBLISHED / "openapi.json": app.openapi(), PUBLISHED / "asyncapi.json": asyncapi()}
+    texts = {path: json.dumps(content, indent=2, sort_keys=True) + "\n" for path, content in files.items()}
+    return {**texts, ROOT / "docs" / "events.md": events_page()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is stale")
+    check = parser.parse_args().check
+    stale = [path for path, text in everything().items() if not path.exists() or path.read_text() != text]
+    if check:
+        for path in stale:
+            print(f"stale: {path.relative_to(ROOT)}; run make schemas", file=sys.stderr)
+        return bool(stale)
+    for path, text in everything().items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
