@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 
+from consumers.watchers import turn
 from events.base import Envelope
 from events.datasets import DatasetProfiled, DatasetUploaded
 from mini_studio.bus.consumer import Consumer
@@ -18,6 +19,23 @@ from mini_studio.wiring import Studio
 consumer = Consumer("datasets")
 CHARACTERS_PER_TOKEN = 4
 """OpenAI's rule of thumb for English; a job reports the exact count of its own tokenizer."""
+
+
+SWEEP_EVERY_S = 600.0
+
+
+@consumer.service
+async def sweep(studio: Studio) -> None:
+    """Now and then delete stored bytes whose record was never written (a crash between the two)."""
+
+    async def known(key: str) -> bool:
+        return bool(await studio.datasets.where(limit=1, dfs_path=studio.dfs.location(key)))
+
+    async def look() -> float:
+        await studio.intake.sweep(known)
+        return SWEEP_EVERY_S
+
+    await turn(look, asyncio.Event())
 
 
 @consumer.on(DatasetUploaded)

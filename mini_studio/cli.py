@@ -178,10 +178,10 @@ def demo(
 ) -> None:
     """Do the main job on a running studio: upload the example, fine-tune, deploy, and ask before and after."""
     settings = settings_for(data, "demo")
-    from mini_studio import demo as main_job
+    from mini_studio.demo import run as run_demo
 
     target = url or f"http://{settings.api.host}:{settings.api.port}"
-    raise typer.Exit(main_job.run(target, model, client_code))
+    raise typer.Exit(run_demo(target, model, client_code))
 
 
 def main() -> None:

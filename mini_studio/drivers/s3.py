@@ -115,9 +115,12 @@ class S3Store:
         client = await self._opened()
         with _outages(key):
             answer = await client.get_object(Bucket=self._settings.bucket, Key=key)
-            async with answer["Body"] as body:
-                while chunk := await body.read(CHUNK):
+            body = answer["Body"]
+            try:
+                async for chunk in body.iter_chunks(CHUNK):
                     yield chunk
+            finally:
+                body.close()
 
     async def delete(self, key: str) -> None:
         client = await self._opened()
