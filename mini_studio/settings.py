@@ -44,6 +44,11 @@ class Kafka(BaseModel):
         5.0, gt=0, description="A publish that takes longer is unknown and is tried again."
     )
     session_timeout_ms: int = Field(10_000, description="A consumer that is silent longer loses its partitions.")
+    fetch_wait_ms: int = Field(
+        250,
+        ge=1,
+        description="How long a fetch waits for news. The embedded broker does not wake a waiting fetch; Apache Kafka does: 500 there.",
+    )
     refill: bool = Field(False, description="The broker starts empty: refill its topics from the journal.")
 
 

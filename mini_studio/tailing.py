@@ -16,7 +16,10 @@ from mini_studio.settings import Settings
 async def tail(settings: Settings, *, follow: bool, subject: str | None, as_json: bool) -> None:
     """Every event from the beginning of the log, by assignment: nobody's position moves."""
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=settings.kafka.bootstrap, auto_offset_reset="earliest", enable_auto_commit=False
+        bootstrap_servers=settings.kafka.bootstrap,
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+        fetch_max_wait_ms=settings.kafka.fetch_wait_ms,
     )
     await asyncio.wait_for(consumer.start(), 10)
     try:

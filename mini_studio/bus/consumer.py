@@ -74,6 +74,7 @@ class Consumer:
                 auto_offset_reset="earliest",
                 ack_policy=AckPolicy.NACK_ON_ERROR,
                 session_timeout_ms=settings.session_timeout_ms,
+                fetch_max_wait_ms=settings.fetch_wait_ms,
                 parser=parse,
                 decoder=no_decoding,
             )

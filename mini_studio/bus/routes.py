@@ -85,7 +85,7 @@ class RouteFeed:
             bootstrap_servers=self._settings.bootstrap,
             auto_offset_reset="earliest",
             enable_auto_commit=False,
-            fetch_max_wait_ms=500,
+            fetch_max_wait_ms=self._settings.fetch_wait_ms,
         )
         try:
             await asyncio.wait_for(consumer.start(), 10)
