@@ -5,7 +5,10 @@ PYTHON ?= python3
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-export UV_NO_PROGRESS := 1
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+# an install is about 5.5 GB on Linux, where torch brings its CUDA libraries
+NEEDED_MB := 7000
 
 .DEFAULT_GOAL := help
 .PHONY: help venv run demo test check format lock clean schemas
@@ -18,14 +21,16 @@ venv: $(STAMP) ## install into .venv
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "Mini Studio needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo not there)." \
+	  echo "Mini Studio needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there)." \
 	    "Name another one: make run PYTHON=python3.12" >&2; exit 2; }
+	@free=$$(df -Pm . | awk 'NR == 2 {print $$4}'); test -x $(BIN)/uv || test "$$free" -ge $(NEEDED_MB) || { \
+	  echo "Only $$free MB are free here and the installation needs about $(NEEDED_MB): free some space, or clone to another disk." >&2; exit 2; }
 	@echo "[1/3] virtual environment in .venv (about 15 MB)"
 	@$(PYTHON) -m venv .venv || { echo "Could not make .venv: install the venv module of $(PYTHON) (Debian: python3-venv)." >&2; exit 2; }
 	@echo "[2/3] installer uv (about 25 MB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	@echo "[3/3] Mini Studio with torch, Ray, the broker and the S3 server (about 1 GB to fetch the first time, most of it torch)"
-	@$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@echo "[3/3] Mini Studio with torch, Ray, the broker and the S3 server (up to 3 GB to fetch the first time: torch with its CUDA libraries)"
+	@$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]' 2>&1 | { grep -v --line-buffered '^ [+~-] ' || true; }
 	@du -sh .venv | awk '{print "installed: " $$1 " in .venv"}'
 	@touch $@
 

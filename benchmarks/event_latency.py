@@ -28,7 +28,7 @@ async def follow(consumer: AIOKafkaConsumer, seen: dict[str, float]) -> None:
 
 async def main() -> None:
     settings = Settings(data=Path(sys.argv[1]))
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 200
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 100
     topic = Topic.DATASETS.value
     consumer = AIOKafkaConsumer(
         bootstrap_servers=settings.kafka.bootstrap,
@@ -45,7 +45,7 @@ async def main() -> None:
         for _ in range(count):
             response = await client.post(url, files={"file": ("x.jsonl", ROW)})
             answered[response.json()["dataset_id"]] = time.perf_counter()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
     await asyncio.sleep(1)
     following.cancel()
     await consumer.stop()

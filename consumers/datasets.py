@@ -16,7 +16,7 @@ from mini_studio.records.record import ANYONE
 from mini_studio.records.store import DuplicateRecord
 from mini_studio.wiring import Studio
 
-consumer = Consumer("datasets")
+consumer = Consumer("datasets", max_records=10)  # each may be gigabytes to read
 CHARACTERS_PER_TOKEN = 4
 """OpenAI's rule of thumb for English; a job reports the exact count of its own tokenizer."""
 

@@ -17,7 +17,9 @@ from mini_studio.wiring import Studio
 consumer = Consumer("jobs")
 
 
-@consumer.on(FineTuneRequested, FineTuneQueued, FineTuneStarted, FineTuneProgressed, FineTuneSucceeded, FineTuneFailed)
-async def project(envelope: Envelope[Any], studio: Studio) -> None:
-    """Apply the event to its job record."""
-    await studio.jobs.apply(envelope)
+@consumer.projects(
+    FineTuneRequested, FineTuneQueued, FineTuneStarted, FineTuneProgressed, FineTuneSucceeded, FineTuneFailed
+)
+async def project(envelopes: list[Envelope[Any]], studio: Studio) -> None:
+    """Apply the events to their job records."""
+    await studio.jobs.apply_all(envelopes)

@@ -21,15 +21,16 @@ from mini_studio.wiring import Studio
 consumer = Consumer("routes")
 
 
-@consumer.on(
+@consumer.projects(
     DeployRequested, UndeployRequested, DeploymentApplied, DeploymentReady, DeploymentFailed, DeploymentRemoved
 )
-async def project(envelope: Envelope[Any], studio: Studio) -> None:
-    """Apply the event to its deployment record, and publish the route if that changed it."""
-    await studio.deployments.apply(envelope)
-    deployment = await studio.deployments.get(ANYONE, envelope.subject)
-    if deployment is not None:
-        await follow(deployment, studio)
+async def project(envelopes: list[Envelope[Any]], studio: Studio) -> None:
+    """Apply the events to their deployment records, and publish the routes that they change."""
+    await studio.deployments.apply_all(envelopes)
+    for id in dict.fromkeys(envelope.subject for envelope in envelopes):
+        deployment = await studio.deployments.get(ANYONE, id)
+        if deployment is not None:
+            await follow(deployment, studio)
 
 
 async def follow(deployment: Deployment, studio: Studio) -> None:

@@ -7,15 +7,15 @@ async def claim(envelope: Envelope[FineTuneRequested], studio: Studio) -> None: 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar, cast
 
 import structlog
 from faststream import AckPolicy, FastStream
 from faststream.kafka import KafkaBroker, KafkaMessage
 
 from events.base import Envelope, Event
-from events.registry import decode
+from events.registry import BY_TYPE, decode
 from events.topics import Topic
 from mini_studio.bus.delivery import Delivery, no_decoding, parse, text_headers
 from mini_studio.bus.kafka import READERS, Publisher
@@ -26,18 +26,21 @@ log = structlog.get_logger(__name__)
 
 H = TypeVar("H", bound=Callable[[Envelope[Any], Any], Coroutine[Any, Any, None]])
 Handler = Callable[[Envelope[Any], Any], Coroutine[Any, Any, None]]
+Projector = Callable[[list[Envelope[Any]], Any], Coroutine[Any, Any, None]]
 Service = Callable[[Any], Coroutine[Any, Any, None]]
 
 
 class Consumer:
     """Declares what one consumer does; `broker` binds it to a studio. Declaring connects to nothing."""
 
-    def __init__(self, name: str, group: str | None = None) -> None:
+    def __init__(self, name: str, group: str | None = None, max_records: int = 500) -> None:
         self.name = name
+        self.max_records = max_records
         self.group = group or f"mini-studio.{name}"
         self.topics: tuple[Topic, ...] = READERS[name]
         self.handlers: dict[type[Event], Handler] = {}
         self.services: list[Service] = []
+        self._projector: Projector | None = None
 
     def on(self, *types: type[Event]) -> Callable[[H], H]:
         """Register the handler of one or more event types. Other known types are none of this consumer's business."""
@@ -48,6 +51,19 @@ class Consumer:
                     raise ValueError(f"{self.name} cannot take {event_type.__name__} here")
                 self.handlers[event_type] = handler
             return handler
+
+        return register
+
+    def projects(self, *types: type[Event]) -> Callable[[Projector], Projector]:
+        """Register the one handler of these types that takes whole batches, in order; it is a no-op on what it had before."""
+
+        def register(project: Projector) -> Projector:
+            async def one(envelope: Envelope[Any], studio: Any) -> None:
+                await project([envelope], studio)
+
+            self.on(*types)(one)
+            self._projector = project
+            return project
 
         return register
 
@@ -64,13 +80,15 @@ class Consumer:
             acks="all",
             allow_auto_create_topics=False,
             graceful_timeout=10.0,
-            middlewares=[Delivery(self.name, publisher)],
             logger=None,
         )
         for topic in self.topics:
             subscriber = broker.subscriber(
                 topic.value,
                 group_id=self.group,
+                batch=True,
+                max_records=self.max_records,
+                batch_timeout_ms=1000,
                 auto_offset_reset="earliest",
                 ack_policy=AckPolicy.NACK_ON_ERROR,
                 session_timeout_ms=settings.session_timeout_ms,
@@ -78,16 +96,41 @@ class Consumer:
                 parser=parse,
                 decoder=no_decoding,
             )
-            subscriber(self._handler(studio))
+            subscriber(self._handler(Delivery(self.name, publisher), studio))
         return broker
 
-    def _handler(self, studio: Any) -> Callable[[KafkaMessage], Awaitable[None]]:
+    def _handler(self, delivery: Delivery, studio: Any) -> Callable[[KafkaMessage], Awaitable[None]]:
+        async def one(record: Any) -> None:
+            if self.wants(record):
+                await self.deliver(decode(record.key, text_headers(record), record.value), studio)
+
         async def handle(message: KafkaMessage) -> None:
-            record = message.raw_message
-            assert not isinstance(record, tuple)  # noqa: S101  # subscribers are not in batch mode
-            await self.deliver(decode(record.key, text_headers(record), record.value), studio)
+            records = cast("tuple[Any, ...]", message.raw_message)
+            if not await self._project(records, studio):
+                for record in records:
+                    await delivery.deliver(record, one)
 
         return handle
+
+    def wants(self, record: Any) -> bool:
+        """False for a known type that is none of this consumer's business: it need not even be decoded."""
+        type_ = text_headers(record).get("ce_type", "")
+        return type_ not in BY_TYPE or BY_TYPE[type_] in self.handlers
+
+    async def _project(self, records: Sequence[Any], studio: Any) -> bool:
+        """Take the whole batch at once; False when something in it is wrong, so that each record gets its own verdict."""
+        if self._projector is None or len(records) == 1:
+            return False
+        try:
+            wanted = [r for r in records if self.wants(r)]
+            envelopes = [decode(r.key, text_headers(r), r.value) for r in wanted]
+            await self._projector(envelopes, studio)
+        except Exception as error:
+            log.info("consumer.batch_taken_apart", consumer=self.name, records=len(records), reason=repr(error))
+            return False
+        for envelope in envelopes:
+            EVENTS_IN.labels(self.name, envelope.topic, envelope.type).inc()
+        return True
 
     async def deliver(self, envelope: Envelope[Any], studio: Any) -> None:
         """Hand one event to its handler, if there is one."""

@@ -1,21 +1,21 @@
-"""What happens to a delivery: handled, put off, or dead-lettered. Every subscriber runs NACK_ON_ERROR inside this middleware.
+"""What happens to a delivery: handled, put off, or dead-lettered. Every subscriber runs NACK_ON_ERROR around these rules.
 
 - A permanent failure (not an event, or an error that is not retryable) goes to `<topic>.<consumer>.dead` byte for byte.
 - A retryable one sleeps with backoff and is delivered again: the partition waits, so order is kept.
 - Should even the dead-letter publish fail, the delivery is put off too: nothing is lost.
+
+Records come in batches, and a batch is acknowledged as a whole; what was handled of one that is put off comes again, and is a no-op.
 """
 
 import asyncio
 import random
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 from aiokafka import ConsumerRecord
-from faststream import BaseMiddleware
 from faststream.exceptions import NackMessage
 from faststream.kafka import KafkaMessage
 
@@ -43,21 +43,20 @@ def text_headers(record: "ConsumerRecord[Any, Any]") -> dict[str, str]:
     return readable
 
 
-async def parse(record: Any, original: Callable[[Any], Awaitable[KafkaMessage]]) -> KafkaMessage:
-    """FastStream's parser on a copy with clean headers; `raw_message` keeps the record as it came."""
-    clean = replace(record, headers=tuple((name, text.encode()) for name, text in text_headers(record).items()))
-    message = await original(clean)
-    message.raw_message = record
+async def parse(records: Any, original: Callable[[Any], Awaitable[KafkaMessage]]) -> KafkaMessage:
+    """FastStream's batch parser without headers, which it would stumble over; `raw_message` keeps the records as they came."""
+    message = await original(tuple(replace(record, headers=()) for record in records))
+    message.raw_message = records
     return message
 
 
 async def no_decoding(message: KafkaMessage) -> KafkaMessage:
-    """The handler decodes, inside the middleware."""
+    """Each record is decoded by its own delivery."""
     return message
 
 
 class Delivery:
-    """Builds the middleware of one consumer."""
+    """The rules for one consumer."""
 
     def __init__(self, consumer: str, publisher: Publisher) -> None:
         self.consumer = consumer
@@ -65,10 +64,30 @@ class Delivery:
         self.failures: dict[tuple[str, int], tuple[int, int]] = {}
         """Partition -> (offset, failures so far) of the record that is being tried."""
 
-    def __call__(self, msg: Any, /, **options: Any) -> "DeliveryMiddleware":
-        middleware = DeliveryMiddleware(msg, **options)
-        middleware.delivery = self
-        return middleware
+    async def deliver(self, record: "ConsumerRecord[Any, Any]", handle: Callable[[Any], Awaitable[None]]) -> None:
+        """Have one record handled. Raises `NackMessage` when it is put off."""
+        headers = text_headers(record)
+        with structlog.contextvars.bound_contextvars(
+            consumer=self.consumer,
+            event_id=headers.get("ce_id"),
+            event_type=headers.get("ce_type"),
+            subject=headers.get("ce_subject"),
+            request_id=headers.get("ce_correlationid"),
+        ):
+            try:
+                await handle(record)
+            except UndecodableEvent as error:
+                await self.bury(record, error.reason)
+            except StudioError as error:
+                if error.retryable:
+                    await self.put_off(self.count_failure(record), error.message)
+                await self.bury(record, error.message)
+            except Exception as error:
+                log.exception("delivery.failed")
+                failures = self.count_failure(record)
+                if failures < MAX_SURPRISES:
+                    await self.put_off(failures, repr(error))
+                await self.bury(record, f"failed {failures} times; last: {error!r}")
 
     def count_failure(self, record: "ConsumerRecord[Any, Any]") -> int:
         place = (record.topic, record.partition)
@@ -77,7 +96,7 @@ class Delivery:
         self.failures[place] = (record.offset, failures)
         return failures
 
-    async def put_off(self, failures: int, reason: str) -> None:
+    async def put_off(self, failures: int, reason: str) -> NoReturn:
         delay = min(BACKOFF_MIN_S * 2 ** (failures - 1), BACKOFF_MAX_S) * random.uniform(0.8, 1.2)
         RETRIES.labels(self.consumer).inc()
         log.warning("delivery.put_off", reason=reason, failures=failures, delay_s=round(delay, 2))
@@ -100,48 +119,9 @@ class Delivery:
         DEAD_LETTERS.labels(self.consumer, record.topic).inc()
         log.error("delivery.dead_lettered", topic=topic, reason=reason, offset=record.offset)
 
-
-class DeliveryMiddleware(BaseMiddleware):
-    """One delivery."""
-
-    delivery: Delivery
-
-    async def consume_scope(self, call_next: Callable[[Any], Awaitable[Any]], msg: Any) -> Any:
-        record = msg.raw_message
-        headers = text_headers(record)
-        with structlog.contextvars.bound_contextvars(
-            consumer=self.delivery.consumer,
-            event_id=headers.get("ce_id"),
-            event_type=headers.get("ce_type"),
-            subject=headers.get("ce_subject"),
-            request_id=headers.get("ce_correlationid"),
-        ):
-            return await self._deliver(call_next, msg, record)
-
-    async def _deliver(self, call_next: Callable[[Any], Awaitable[Any]], msg: Any, record: Any) -> Any:
-        started = time.perf_counter()
+    async def bury(self, record: "ConsumerRecord[Any, Any]", reason: str) -> None:
+        """Dead-letter the record, or put it off when even that cannot be done."""
         try:
-            result = await call_next(msg)
-        except UndecodableEvent as error:
-            await self._bury(record, error.reason)
+            await self.dead_letter(record, reason)
         except StudioError as error:
-            if not error.retryable:
-                await self._bury(record, error.message)
-                return None
-            await self.delivery.put_off(self.delivery.count_failure(record), error.message)
-        except Exception as error:
-            log.exception("delivery.failed")
-            failures = self.delivery.count_failure(record)
-            if failures < MAX_SURPRISES:
-                await self.delivery.put_off(failures, repr(error))
-            await self._bury(record, f"failed {failures} times; last: {error!r}")
-        else:
-            log.debug("delivery.handled", seconds=round(time.perf_counter() - started, 4))
-            return result
-        return None
-
-    async def _bury(self, record: Any, reason: str) -> None:
-        try:
-            await self.delivery.dead_letter(record, reason)
-        except StudioError as error:
-            await self.delivery.put_off(self.delivery.count_failure(record), error.message)
+            await self.put_off(self.count_failure(record), error.message)

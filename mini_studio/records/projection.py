@@ -1,6 +1,6 @@
 """Records that are nothing but their events, folded: `fold(events)` gives the same document live and on replay."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
@@ -85,6 +85,21 @@ def fold(projection: type[P], events: Iterable[Envelope[Any]]) -> P | None:
     return record
 
 
+def later(record: Projection, history: Iterable[Envelope[Any]]) -> Iterator[bool]:
+    """Which of the events the record has not seen."""
+    return (envelope.sequence > record.last(envelope) for envelope in history)
+
+
+def advance(record: P, history: Iterable[Envelope[Any]]) -> P | None:
+    """The record after these events; None when one is missing before them, or nothing is new."""
+    present = record
+    for envelope in history:
+        if envelope.sequence > present.last(envelope) + 1:
+            return None
+        present = present.apply(envelope) or present
+    return None if present is record else present
+
+
 class Projections(Repository[P]):
     """Keeps one collection of projections up to date with the log."""
 
@@ -100,6 +115,23 @@ class Projections(Repository[P]):
         if envelope.sequence > record.last(envelope) + 1:
             await self._catch_up(envelope, record.last(envelope))
         return await self.change(envelope.subject, lambda present: present.apply(envelope))
+
+    async def apply_all(self, envelopes: Iterable[Envelope[Any]]) -> None:
+        """Apply events in order, with one read, and at most one write, for each record."""
+        histories: dict[str, list[Envelope[Any]]] = {}
+        for envelope in envelopes:
+            histories.setdefault(envelope.subject, []).append(envelope)
+        for subject, history in histories.items():
+            record = await self.get(ANYONE, subject)
+            if record is None or any(later(record, history)):
+                await self._apply_history(history)
+
+    async def _apply_history(self, history: list[Envelope[Any]]) -> None:
+        first, *rest = history
+        await self.apply(first)
+        if rest and await self.change(first.subject, lambda present: advance(present, rest)) is None:
+            for envelope in rest:
+                await self.apply(envelope)
 
     async def _begin(self, envelope: Envelope[Any]) -> P | None:
         record = self._projection.begin(envelope)
