@@ -31,9 +31,11 @@ def banner_lines(url: str) -> list[str]:
     return [
         f'DATASET=$(curl -sS {url}/fine_tuning/upload-dataset/{CLIENT} -F {file} | {dataset_id}); echo "$DATASET"',
         f"JOB=$(curl -sS {url}/fine_tuning/submit-finetune {json} -d '{submit}' | {job_id}); echo \"$JOB\"",
-        f'while STATUS=$({job} | {status}); do echo "$STATUS"; {ended}; sleep 3; done; WEIGHTS=$({job} | {weights}); '
-        f"curl -sS {url}/inference/deploy/fine_tuned {json} -d '{deploy}'",
-        f"curl -sS --retry 30 --retry-delay 2 {url}/inference/infer/{MODEL} -H 'X-User-ID: {CLIENT}' {json} -d '{ask}'",
+        f'while STATUS=$({job} | {status}); do echo "$STATUS"; {ended}; sleep 3; done; '
+        f'if [ "$STATUS" = succeeded ]; then WEIGHTS=$({job} | {weights}); '
+        f"curl -sS {url}/inference/deploy/fine_tuned {json} -d '{deploy}'; else {job}; fi; echo",
+        # -f keeps the answers while the model is starting (503) off the screen
+        f"curl -sSf --retry 60 --retry-delay 1 {url}/inference/infer/{MODEL} -H 'X-User-ID: {CLIENT}' {json} -d '{ask}'; echo",
     ]
 
 
