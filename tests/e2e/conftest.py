@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,16 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.fakes.broker import free_port
+
 START_S = 90
 ROWS = [{"prompt": f"What is the word of {name}? ", "completion": word} for name, word in (
     ("Anna", "apple"), ("Bruno", "river"), ("Clara", "stone"), ("David", "music"), ("Elena", "cloud"), ("Felix", "tiger"),
 )]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

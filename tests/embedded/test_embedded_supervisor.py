@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import psutil
 import pytest
 
 from mini_studio.embedded.marks import RUN_DATA, Family
+from tests.fakes.broker import free_port
 
 STUDIO = Path(__file__).with_name("stub_studio.py")
 ROOT = Path(__file__).parents[2]
@@ -154,9 +154,3 @@ def test_the_run_file_is_private_and_names_the_process(run: Run, data: Path) -> 
     file = data / "run" / "studio.json"
     assert file.stat().st_mode & 0o777 == 0o600
     assert json.loads(file.read_text())["pid"] == run.process.pid
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
