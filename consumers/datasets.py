@@ -4,23 +4,25 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 
+import structlog
+
 from consumers.watchers import turn
 from events.base import Envelope
 from events.datasets import DatasetProfiled, DatasetUploaded
 from mini_studio.bus.consumer import Consumer
 from mini_studio.errors import NotFound
-from mini_studio.ingest import key_of
+from mini_studio.ingest import key_of, orphans
 from mini_studio.records.datasets import DatasetProfile
 from mini_studio.records.projection import timestamp
 from mini_studio.records.record import ANYONE
 from mini_studio.records.store import DuplicateRecord
 from mini_studio.wiring import Studio
 
+log = structlog.get_logger(__name__)
+
 consumer = Consumer("datasets", max_records=10)  # each may be gigabytes to read
 CHARACTERS_PER_TOKEN = 4
 """OpenAI's rule of thumb for English; a job reports the exact count of its own tokenizer."""
-
-
 SWEEP_EVERY_S = 600.0
 
 
@@ -32,7 +34,9 @@ async def sweep(studio: Studio) -> None:
         return bool(await studio.datasets.where(limit=1, dfs_path=studio.dfs.location(key)))
 
     async def look() -> float:
-        await studio.intake.sweep(known)
+        async for key in orphans(studio.dfs, studio.settings.uploads.sweep_after_s, known):
+            await studio.intake.forget(key)
+            log.info("datasets.swept", location=studio.dfs.location(key))
         return SWEEP_EVERY_S
 
     await turn(look, asyncio.Event())

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from mini_studio import logs
 from mini_studio.settings import Settings
 
 app = typer.Typer(
@@ -42,9 +41,17 @@ def settings_for(data: Path | None, process: str) -> Settings:
     """The settings of the studio in `data`, and logging set up for `process`."""
     if data is not None:
         os.environ["MINI_STUDIO_DATA"] = str(data)
+    from mini_studio import logs
+
     settings = Settings()
     logs.configure(settings.log, process)
     return settings
+
+
+def service_settings(data: Path | None, process: str) -> Settings:
+    """The same for a process that stays: structlog loads rich if it can, 4 MB that only a person at a terminal uses."""
+    sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+    return settings_for(data, process)
 
 
 @app.command()
@@ -61,7 +68,7 @@ def run(
 @app.command()
 def api(data: DataOption = None) -> None:
     """The REST API and the inference proxy."""
-    settings = settings_for(data, "api")
+    settings = service_settings(data, "api")
     import uvicorn
 
     from api.app import create_app
@@ -88,7 +95,7 @@ def consume(
 ) -> None:
     """Run one consumer, several, or all of them, each with a group of its own."""
     chosen = [name.value for name in names or list(ConsumerName)]
-    settings = settings_for(data, "consumer:" + "+".join(chosen))
+    settings = service_settings(data, "consumer:" + "+".join(chosen))
     from consumers.app import BrokerReplaced
     from consumers.app import run as run_consumers
 
@@ -106,7 +113,7 @@ def relay(
     ] = None,
 ) -> None:
     """Publish what other processes left in their outboxes when they died."""
-    settings = settings_for(data, "relay")
+    settings = service_settings(data, "relay")
     from mini_studio import maintenance
 
     asyncio.run(maintenance.relay(settings, health_port))

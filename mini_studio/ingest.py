@@ -5,14 +5,10 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-import structlog
-
 from mini_studio.drivers.ports import BlobStore, BlobWriter
 from mini_studio.errors import Invalid, TooLarge
 from mini_studio.settings import Uploads
 from schemas.training_data import DatasetSummary, InvalidDataset, LineValidator
-
-log = structlog.get_logger(__name__)
 
 BLOCK = 1024 * 1024
 PREFIX = "datasets/"
@@ -27,13 +23,13 @@ class Intake:
     """One upload in progress."""
 
     def __init__(
-        self, id: str, limits: Uploads, writers: tuple[BlobWriter, ...], forget: Callable[[str], Awaitable[None]]
+        self, id: str, limits: Uploads, writers: tuple[BlobWriter, ...], discard: Callable[[str], Awaitable[None]]
     ) -> None:
         self.id = id
         self.key = f"{PREFIX}{id}.jsonl"
         self._limits = limits
         self._writers = writers
-        self._forget = forget
+        self._discard = discard
         self._validator = LineValidator(
             max_line_bytes=limits.max_line_bytes, max_depth=limits.max_depth, max_errors=limits.max_errors
         )
@@ -69,7 +65,7 @@ class Intake:
 
     async def discard(self) -> None:
         """Delete the stored bytes again: no record will name them."""
-        await self._forget(self.key)
+        await self._discard(self.key)
 
     async def aclose(self) -> None:
         if self._working is not None:
@@ -116,7 +112,7 @@ def invalid(error: InvalidDataset) -> Invalid:
 
 
 class DatasetIntake:
-    """Receives uploads into both stores, and sweeps what no record names."""
+    """Receives uploads into both stores."""
 
     def __init__(self, dfs: BlobStore, s3: BlobStore, limits: Uploads) -> None:
         self._dfs = dfs
@@ -128,30 +124,32 @@ class DatasetIntake:
         """An upload under an id of its own. If the context fails, neither store keeps anything of it."""
         key = f"{PREFIX}{id}.jsonl"
         try:
+            # The shared file system commits first, see `forget`.
             async with self._s3.writer(key) as s3, self._dfs.writer(key) as dfs:
-                intake = Intake(id, self._limits, (dfs, s3), self._forget)
+                intake = Intake(id, self._limits, (dfs, s3), self._discard)
                 try:
                     yield intake
                 finally:
                     await intake.aclose()
         except BaseException:
             # One store may have committed before the other failed.
-            await asyncio.shield(self._forget(key))
+            await asyncio.shield(self._discard(key))
             raise
 
-    async def _forget(self, key: str) -> None:
-        for store in (self._dfs, self._s3):
-            with contextlib.suppress(Exception):
-                await store.delete(key)
+    async def forget(self, key: str) -> None:
+        """Delete from S3, then from the shared file system: what is on S3 always has a copy that `orphans` finds."""
+        await self._s3.delete(key)
+        await self._dfs.delete(key)
 
-    async def sweep(self, known: Callable[[str], Awaitable[bool]]) -> int:
-        """Delete stored bytes that are old and that no record names (`known` is asked by key); how many."""
-        oldest = time.time() - self._limits.sweep_after_s
-        swept = 0
-        for store in (self._dfs, self._s3):
-            async for key, _, modified in store.list(PREFIX):
-                if modified < oldest and not await known(key):
-                    await store.delete(key)
-                    swept += 1
-                    log.info("ingest.swept", location=store.location(key))
-        return swept
+    async def _discard(self, key: str) -> None:
+        """Forget as far as the stores answer; the sweep takes the rest."""
+        with contextlib.suppress(Exception):
+            await self.forget(key)
+
+
+async def orphans(dfs: BlobStore, older_than_s: float, known: Callable[[str], Awaitable[bool]]) -> AsyncIterator[str]:
+    """Keys of stored datasets that are old and that no record names (`known` is asked by key)."""
+    oldest = time.time() - older_than_s
+    async for key, _, modified in dfs.list(PREFIX):
+        if modified < oldest and not await known(key):
+            yield key

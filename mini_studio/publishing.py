@@ -15,6 +15,27 @@ from mini_studio.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "schemas" / "published"
+SUBSCRIBING = """## Subscribe
+
+Any Kafka client reads the log; `bootstrap` stands in `<data>/run/studio.json` of a running studio, or in `MINI_STUDIO_KAFKA__BOOTSTRAP`.
+
+```
+mini-studio events tail --data .studio                      # every event, from the first one on
+kcat -C -b 127.0.0.1:20000 -t mini-studio.fine-tunes -X fetch.wait.max.ms=20 -f '%k %h %s\\n'
+```
+
+```python
+consumer = AIOKafkaConsumer(
+    "mini-studio.fine-tunes", bootstrap_servers=bootstrap, group_id="my-service", auto_offset_reset="earliest",
+    fetch_max_wait_ms=20,  # the embedded broker does not wake a waiting fetch; Apache Kafka does
+)
+```
+
+Delivery is at least once. Keep the last sequence per subject and source, and drop what is not newer.
+The embedded broker starts empty and is refilled at every start, so offsets change there while ids and sequences stay: a subscriber
+begins again at offset 0 when the broker's positions are lower than its own. What a consumer of the studio can never handle goes, byte for byte, to
+`<topic>.<consumer>.dead`, with the reason and the place it came from in added headers (`dlq_reason`, `dlq_topic`, `dlq_partition`, `dlq_offset`).
+"""
 HEADERS = """| header | meaning |
 |---|---|
 | `ce_specversion` | `1.0` |
@@ -83,6 +104,7 @@ def events_page() -> str:
         f"Beside the events, `{ROUTES}` is a compacted topic with the gateways' routes: whole values or tombstones.",
         "",
         HEADERS,
+        SUBSCRIBING,
     ]
     for topic in Topic:
         parts += [f"## Topic `{topic.value}`", ""]

@@ -15,8 +15,13 @@ from mini_studio.embedded.ports import PortBlock
 LOCAL = "127.0.0.1"
 CONSUMERS = ("datasets", "training", "serving", "jobs", "routes")
 STUDIO = [sys.executable, "-m", "mini_studio.cli"]
-OWN = {"PYTHONSAFEPATH": "1"}
-"""Folders named `api` or `events` where the user happens to stand are none of ours."""
+OWN = {
+    # folders named `api` or `events` where the user happens to stand are none of ours
+    "PYTHONSAFEPATH": "1",
+    # glibc would keep a heap for every thread, and what was freed: several MB in each process
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
 BROKER_REPLACED = 3
 """Exit code of a consumer whose positions a new, empty broker has made void."""
 OBJECT_STORE_BYTES = 100_000_000

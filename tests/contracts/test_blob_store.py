@@ -15,7 +15,7 @@ from mini_studio.drivers.dfs import DfsStore
 from mini_studio.drivers.ports import BlobStore
 from mini_studio.drivers.s3 import S3Store
 from mini_studio.errors import Invalid, NotFound, TooLarge
-from mini_studio.ingest import DatasetIntake
+from mini_studio.ingest import DatasetIntake, orphans
 from mini_studio.settings import S3, Uploads
 
 KEY = "datasets/ds_1.jsonl"
@@ -149,7 +149,7 @@ async def test_the_sweep_takes_only_what_no_record_names(tmp_path: Path, s3: S3S
     async def known(key: str) -> bool:
         return "ds_4" in key
 
-    assert await uploads.sweep(known) == 0, "young bytes may still get their record"
-    old = DatasetIntake(dfs, s3, Uploads(sweep_after_s=1e-9))
-    assert await old.sweep(known) == 2
+    assert [key async for key in orphans(dfs, 3600, known)] == [], "young bytes may still get their record"
+    async for key in orphans(dfs, 0, known):
+        await uploads.forget(key)
     assert await keys(dfs) == await keys(s3) == ["datasets/ds_4.jsonl"]
