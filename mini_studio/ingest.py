@@ -33,7 +33,8 @@ class Intake:
         self._validator = LineValidator(
             max_line_bytes=limits.max_line_bytes, max_depth=limits.max_depth, max_errors=limits.max_errors
         )
-        self._buffer = bytearray()
+        self._held: list[bytes] = []
+        self._held_bytes = 0
         self._received = 0
         self._working: asyncio.Task[None] | None = None
         self._summary: DatasetSummary | None = None
@@ -50,13 +51,14 @@ class Intake:
         self._received += len(chunk)
         if self._received > self._limits.max_bytes:
             raise TooLarge(f"file: larger than {self._limits.max_bytes} bytes (MINI_STUDIO_UPLOADS__MAX_BYTES)")
-        self._buffer += chunk
-        if len(self._buffer) >= BLOCK:
+        self._held.append(chunk)
+        self._held_bytes += len(chunk)
+        if self._held_bytes >= BLOCK:
             await self._pass_on()
 
     async def finish(self) -> DatasetSummary:
         """All bytes were written: the summary, or `Invalid` with the first errors by line."""
-        if self._buffer:
+        if self._held:
             await self._pass_on()
         await self._done()
         with dataset_errors():
@@ -74,9 +76,8 @@ class Intake:
 
     async def _pass_on(self) -> None:
         await self._done()
-        block = bytes(self._buffer)
-        self._buffer.clear()
-        self._working = asyncio.create_task(self._take(block))
+        self._working = asyncio.create_task(self._take(self._held))
+        self._held, self._held_bytes = [], 0
 
     async def _done(self) -> None:
         working, self._working = self._working, None
@@ -84,7 +85,8 @@ class Intake:
             with dataset_errors():
                 await working
 
-    async def _take(self, block: bytes) -> None:
+    async def _take(self, chunks: list[bytes]) -> None:
+        block = await asyncio.to_thread(b"".join, chunks)
         async with asyncio.TaskGroup() as group:
             group.create_task(asyncio.to_thread(self._validator.feed, block))
             for writer in self._writers:

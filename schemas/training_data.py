@@ -1,5 +1,7 @@
 """What a training dataset may hold: JSON lines, all `prompt`/`completion` or all chat `messages` (OpenAI's rules).
 
+Other keys of a line (ids, sources, tools) are kept in the stored file and not looked at.
+
 `LineValidator` is incremental: it is fed blocks of bytes and keeps only the unfinished line.
 """
 
@@ -13,9 +15,7 @@ from events.types import DatasetFormat
 
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 PAIR_KEYS = frozenset(("prompt", "completion"))
-CHAT_KEYS = frozenset(("messages", "tools", "functions", "parallel_tool_calls"))
 BOM = b"\xef\xbb\xbf"
-WHITESPACE = b" \t\r\n"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class LineValidator:
         """Check the lines that this block completes."""
         self._sha256.update(block)
         self._size += len(block)
-        lines = (self._tail + block).split(b"\n")
+        lines = block.split(b"\n")
+        lines[0] = self._tail + lines[0]
         self._tail = lines.pop()
         for line in lines:
             self._check(line)
@@ -104,11 +105,12 @@ class LineValidator:
         if self._line == 1:
             line = line.removeprefix(BOM)
         length = len(line)
-        if length > self._max_line_bytes:
-            self._too_long(length)
-            return
-        self._longest = max(self._longest, length)
-        if not line.strip(WHITESPACE):
+        if length > self._longest:
+            if length > self._max_line_bytes:
+                self._too_long(length)
+                return
+            self._longest = length
+        if not line or line.isspace():
             self._blank_at = self._blank_at or self._line
             return
         if self._blank_at is not None:
@@ -123,14 +125,19 @@ class LineValidator:
         row = parse(line)
         if type(row) is not dict:
             raise RowError("", f"must be a JSON object, not {kind(row)}")
-        if line.count(b"[") + line.count(b"{") > self._max_depth and depth(row) > self._max_depth:
-            raise RowError("", f"nested deeper than {self._max_depth} (MINI_STUDIO_UPLOADS__MAX_DEPTH)")
-        found = DatasetFormat.CHAT if "messages" in row else DatasetFormat.PROMPT_COMPLETION
+        # A row of two keys that is a valid pair has no depth: counting brackets would cost as much as parsing.
+        if len(row) > 2 or "prompt" not in row:
+            self._not_too_deep(row, line)
+        found = format_of(row)
         if self._format is not None and found is not self._format:
             raise RowError("", f"is {found.value}, but the lines before are {self._format.value}; do not mix the two")
         self._characters += check_chat(row) if found is DatasetFormat.CHAT else check_pair(row)
         self._format = found
         self._rows += 1
+
+    def _not_too_deep(self, row: dict[str, Any], line: bytes) -> None:
+        if line.count(b"[") + line.count(b"{") > self._max_depth and depth(row) > self._max_depth:
+            raise RowError("", f"nested deeper than {self._max_depth} (MINI_STUDIO_UPLOADS__MAX_DEPTH)")
 
     def _too_long(self, length: int) -> None:
         limit = f"{self._max_line_bytes} (MINI_STUDIO_UPLOADS__MAX_LINE_BYTES)"
@@ -166,10 +173,17 @@ def depth(value: Any) -> int:
     return deepest
 
 
+def format_of(row: dict[str, Any]) -> DatasetFormat:
+    if "messages" not in row:
+        return DatasetFormat.PROMPT_COMPLETION
+    if "prompt" in row or "completion" in row:
+        raise RowError("messages", "stands beside prompt or completion; a line is one or the other")
+    return DatasetFormat.CHAT
+
+
 def check_pair(row: dict[str, Any]) -> int:
     """Characters of a valid prompt/completion row."""
-    if row.keys() != PAIR_KEYS:
-        keys_are_known(row, PAIR_KEYS)
+    if not row.keys() >= PAIR_KEYS:
         missing = sorted(PAIR_KEYS - row.keys())
         raise RowError(missing[0], "is missing; each line needs prompt and completion, or messages")
     prompt, completion = row["prompt"], row["completion"]
@@ -182,15 +196,8 @@ def check_pair(row: dict[str, Any]) -> int:
     return len(prompt) + len(completion)
 
 
-def keys_are_known(row: dict[str, Any], known: frozenset[str]) -> None:
-    for key in row:
-        if key not in known:
-            raise RowError(key[:100], f"is not known here; a line has {', '.join(sorted(known))}")
-
-
 def check_chat(row: dict[str, Any]) -> int:
     """Characters of a valid chat row."""
-    keys_are_known(row, CHAT_KEYS)
     messages = row["messages"]
     if type(messages) is not list or not messages:
         raise RowError("messages", "must be a non-empty list")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from mini_studio.errors import NotFound, Unavailable
 from mini_studio.settings import S3
 
 PART = 8 * 1024 * 1024
-"""Bytes of a multipart part; S3's minimum is 5 MiB."""
+"""Least bytes of a multipart part; S3's minimum is 5 MiB."""
 PARTS_IN_FLIGHT = 2
 CHUNK = 1024 * 1024
 MISSING = frozenset(("NoSuchKey", "404", "NotFound"))
@@ -25,26 +26,26 @@ class S3Writer:
     def __init__(self, client: Any, bucket: str, key: str) -> None:
         self._client = client
         self._place = {"Bucket": bucket, "Key": key}
-        self._buffer = bytearray()
+        self._held: list[bytes] = []
+        self._held_bytes = 0
         self._upload_id: str | None = None
         self._parts: list[asyncio.Task[dict[str, Any]]] = []
         self._slots = asyncio.Semaphore(PARTS_IN_FLIGHT)
 
     async def write(self, chunk: bytes) -> None:
-        self._buffer += chunk
-        while len(self._buffer) >= PART:
-            part = bytes(self._buffer[:PART])
-            del self._buffer[:PART]
+        self._held.append(chunk)
+        self._held_bytes += len(chunk)
+        if self._held_bytes >= PART:
             with _outages():
-                await self._send(part)
+                await self._send(await self._taken())
 
     async def commit(self) -> None:
         with _outages():
             if self._upload_id is None:
-                await self._client.put_object(**self._place, Body=bytes(self._buffer))
+                await self._client.put_object(**self._place, Body=await self._taken())
                 return
-            if self._buffer:
-                await self._send(bytes(self._buffer))
+            if self._held:
+                await self._send(await self._taken())
             parts = await asyncio.gather(*self._parts)
             await self._client.complete_multipart_upload(
                 **self._place, UploadId=self._upload_id, MultipartUpload={"Parts": list(parts)}
@@ -59,7 +60,13 @@ class S3Writer:
             with contextlib.suppress(ClientError, BotoCoreError):
                 await self._client.abort_multipart_upload(**self._place, UploadId=self._upload_id)
 
-    async def _send(self, part: bytes) -> None:
+    async def _taken(self) -> io.BytesIO:
+        """What is held, joined in a thread, as the only reference to its bytes: the client would copy what others hold too."""
+        held = self._held
+        self._held, self._held_bytes = [], 0
+        return await asyncio.to_thread(lambda: io.BytesIO(b"".join(held)))
+
+    async def _send(self, part: io.BytesIO) -> None:
         if self._upload_id is None:
             self._upload_id = (await self._client.create_multipart_upload(**self._place))["UploadId"]
         await self._slots.acquire()
@@ -68,7 +75,7 @@ class S3Writer:
             task.result()  # a part that failed ends the upload now, not at its end
         self._parts.append(asyncio.create_task(self._upload(len(self._parts) + 1, part)))
 
-    async def _upload(self, number: int, part: bytes) -> dict[str, Any]:
+    async def _upload(self, number: int, part: io.BytesIO) -> dict[str, Any]:
         try:
             answer = await self._client.upload_part(
                 **self._place, UploadId=self._upload_id, PartNumber=number, Body=part

@@ -62,7 +62,7 @@ BAD: list[tuple[bytes, int, str]] = [
     (b'{"prompt": 1, "completion": "b"}\n', 1, "not a number"),
     (b'{"prompt": "a", "completion": null}\n', 1, "not null"),
     (b'{"prompt": "a", "completion": ""}\n', 1, "nothing to learn"),
-    (b'{"prompt": "a", "completion": "b", "extra": 1}\n', 1, "not known"),
+    (b'{"prompt": "a", "completion": "b", "messages": []}\n', 1, "one or the other"),
     (PAIR + CHAT, 2, "do not mix"),
     (PAIR + b"\n" + PAIR, 2, "empty"),
     (chat(), 1, "non-empty"),
@@ -121,3 +121,10 @@ def test_the_blocks_do_not_matter(parts: list[bytes], data: st.DataObject) -> No
 
     pieces = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)], strict=True)]
     assert outcome(pieces) == outcome([content])
+
+
+def test_other_keys_are_kept_and_not_looked_at() -> None:
+    content = (
+        b'{"prompt": "a", "completion": "b", "source": {"page": 1}}\n{"id": 2, "prompt": "c", "completion": "d"}\n'
+    )
+    assert check(content).rows == 2
