@@ -26,15 +26,19 @@ kcat -C -b 127.0.0.1:20000 -t mini-studio.fine-tunes -X fetch.wait.max.ms=20 -f 
 
 ```python
 consumer = AIOKafkaConsumer(
-    "mini-studio.fine-tunes", bootstrap_servers=bootstrap, group_id="my-service", auto_offset_reset="earliest",
+    "mini-studio.fine-tunes",
+    bootstrap_servers=bootstrap,
+    group_id="my-service",
+    auto_offset_reset="earliest",
     fetch_max_wait_ms=20,  # the embedded broker does not wake a waiting fetch; Apache Kafka does
 )
 ```
 
 Delivery is at least once. Keep the last sequence per subject and source, and drop what is not newer.
-The embedded broker starts empty and is refilled at every start, so offsets change there while ids and sequences stay: a subscriber
-begins again at offset 0 when the broker's positions are lower than its own. What a consumer of the studio can never handle goes, byte for byte, to
-`<topic>.<consumer>.dead`, with the reason and the place it came from in added headers (`dlq_reason`, `dlq_topic`, `dlq_partition`, `dlq_offset`).
+The embedded broker starts empty and is refilled at every start, so offsets change there while ids and sequences stay: a
+subscriber begins again at offset 0 when the broker's positions are lower than its own. What a consumer of the studio can never
+handle goes, byte for byte, to `<topic>.<consumer>.dead`, with the reason and the place it came from in added headers
+(`dlq_reason`, `dlq_topic`, `dlq_partition`, `dlq_offset`).
 """
 HEADERS = """| header | meaning |
 |---|---|

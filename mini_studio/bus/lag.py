@@ -40,8 +40,11 @@ class LagMeter:
             if consumer is None:
                 continue
             for partition in consumer.assignment():
+                end = consumer.highwater(partition)
+                if end is None:  # nothing was fetched yet
+                    continue
                 position = await consumer.position(partition)
-                lag = max(0, (consumer.highwater(partition) or 0) - position)
+                lag = max(0, end - position)
                 LAG.labels(self._consumer, partition.topic, partition.partition).set(lag)
                 seen[(partition.topic, partition.partition)] = position
                 total += lag
