@@ -8,6 +8,7 @@ from fastapi import Depends, Header, Request
 from events.base import Cause
 from events.types import CLIENT_CODE_PATTERN
 from mini_studio.bus.routes import RouteTable
+from mini_studio.errors import NotFound
 from mini_studio.wiring import Studio
 
 
@@ -44,3 +45,9 @@ IdempotencyHeader = Annotated[
         description="The same key and body give the same result, made once.",
     ),
 ]
+
+
+def check_tenant(user: str | None, client_code: str) -> None:
+    """A caller that says who it is cannot act as, or look at, another client. Raises `NotFound`."""
+    if user is not None and client_code not in ("", user):
+        raise NotFound(f"there is no client {client_code!r} for X-User-ID {user!r}")

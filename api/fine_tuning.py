@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import ValidationError
 
 from api import submissions
-from api.deps import IdempotencyHeader, TheCause, TheStudio, UserId
+from api.deps import IdempotencyHeader, TheCause, TheStudio, UserId, check_tenant
 from api.errors import invalid_from
 from api.uploads import read_multipart
 from events.types import ClientCode, JobId
@@ -52,7 +52,7 @@ async def list_jobs(
     after: JobId | None = None,
 ) -> JobListResponse:
     """The client's jobs, newest first."""
-    submissions.check_tenant(user, client_code)
+    check_tenant(user, client_code)
     found = await studio.jobs.page(client_code, limit=limit + 1, after=after)
     jobs = [JobView.model_validate(job) for job in found[:limit]]
     return JobListResponse(jobs=jobs, has_more=len(found) > limit, last_id=jobs[-1].id if jobs else None)
@@ -69,9 +69,15 @@ async def get_job(job_id: Annotated[str, Path(max_length=200)], studio: TheStudi
 
 @router.post("/upload-dataset/{client_code}", status_code=201, openapi_extra={"requestBody": UPLOAD_BODY})
 async def upload_dataset(
-    client_code: ClientCode, request: Request, studio: TheStudio, cause: TheCause, key: IdempotencyHeader = None
+    client_code: ClientCode,
+    request: Request,
+    studio: TheStudio,
+    cause: TheCause,
+    key: IdempotencyHeader = None,
+    user: UserId = None,
 ) -> DatasetUploadResponse:
     """Upload JSON lines: all `prompt`/`completion`, or all chat `messages`. Checked line by line as it streams in."""
+    check_tenant(user, client_code)
     async with submissions.receiving(studio) as intake:
         form = await read_multipart(request, on_chunk=intake.write, limits=studio.settings.uploads)
         await intake.finish()
@@ -95,15 +101,15 @@ async def upload_dataset(
     },
 )
 async def submit_finetune(
-    request: Request, studio: TheStudio, cause: TheCause, key: IdempotencyHeader = None
+    request: Request, studio: TheStudio, cause: TheCause, key: IdempotencyHeader = None, user: UserId = None
 ) -> JobResponse:
     """Queue a fine-tune of a known dataset, or of a file in the same (multipart) request; follow it at its job."""
     try:
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            job = await submissions.submit_form(request, studio, cause, key)
+            job = await submissions.submit_form(request, studio, cause, key, user)
         else:
             body = FineTuningJobRequest.model_validate_json(await submissions.json_body(request, studio))
-            job = await submissions.submit(body, studio, cause, key)
+            job = await submissions.submit(body, studio, cause, key, user)
     except ValidationError as error:
         raise invalid_from(error) from None
     return JobResponse(job=JobView.model_validate(job))

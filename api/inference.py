@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from api import deploying, proxy
-from api.deps import IdempotencyHeader, Routes, TheCause, TheStudio, UpstreamClient, UserId
+from api.deps import IdempotencyHeader, Routes, TheCause, TheStudio, UpstreamClient, UserId, check_tenant
 from events.types import DeploymentId, DeploymentName, Owner
 from schemas.fine_tuning import ErrorResponse
 from schemas.inference import (
@@ -35,8 +35,10 @@ async def deploy_base(
     cause: TheCause,
     key: IdempotencyHeader = None,
     prefer: Prefer = None,
+    user: UserId = None,
 ) -> DeployResponse:
     """Serve a base model, for one client or (empty `client_code`) for all."""
+    check_tenant(user, body.client_code)
     await deploying.claim(studio, body, body.client_code, key, cause)
     event = deploying.base_event(body)
     deployment = await studio.deployments.request(body.client_code, event, cause)
@@ -51,8 +53,10 @@ async def deploy_fine_tuned(
     cause: TheCause,
     key: IdempotencyHeader = None,
     prefer: Prefer = None,
+    user: UserId = None,
 ) -> DeployResponse:
     """Serve a client's fine-tuned weights."""
+    check_tenant(user, body.client_code)
     event = await deploying.fine_tuned_event(body, studio)
     await deploying.claim(studio, body, body.client_code, key, cause)
     deployment = await studio.deployments.request(body.client_code, event, cause)
@@ -68,6 +72,7 @@ async def list_deployments(
     after: DeploymentId | None = None,
 ) -> DeploymentListResponse:
     """A client's own deployments, or (empty `client_code`) those that all share; newest first."""
+    check_tenant(user, client_code)
     found = await studio.deployments.page(user or client_code, limit=limit + 1, after=after)
     views = [DeploymentView.model_validate(deployment) for deployment in found[:limit]]
     return DeploymentListResponse(
@@ -80,6 +85,7 @@ async def get_deployment(
     name: DeploymentName, studio: TheStudio, user: UserId = None, client_code: Owner = ""
 ) -> DeploymentResponse:
     """One deployment: shared, or the client's own."""
+    check_tenant(user, client_code)
     deployment = await deploying.visible(name, user or client_code, studio)
     return DeploymentResponse(deployment=DeploymentView.model_validate(deployment))
 
@@ -89,6 +95,7 @@ async def delete_deployment(
     name: DeploymentName, studio: TheStudio, cause: TheCause, user: UserId = None, client_code: Owner = ""
 ) -> DeploymentResponse:
     """Stop serving it. Its name and identity stay its own."""
+    check_tenant(user, client_code)
     deployment = await deploying.remove(name, user or client_code, studio, cause)
     return DeploymentResponse(deployment=DeploymentView.model_validate(deployment))
 

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel
 
+from api.deps import check_tenant
 from api.uploads import read_multipart
 from events.base import Cause
 from events.datasets import DatasetUploaded
 from events.fine_tuning import DatasetRef, FineTuneRequested
 from events.types import derived_id, new_id
-from mini_studio.errors import BadRequest, Conflict, Invalid, NotFound, TooLarge
+from mini_studio.errors import BadRequest, Conflict, Invalid, TooLarge
 from mini_studio.ingest import Intake
 from mini_studio.records.datasets import Dataset
 from mini_studio.records.idempotency import fingerprint
@@ -25,12 +26,6 @@ from mini_studio.wiring import Studio
 from schemas.fine_tuning import DatasetUploadResponse, FineTuningJobRequest
 
 R = TypeVar("R")
-
-
-def check_tenant(user: str | None, client_code: str) -> None:
-    """A caller that says who it is cannot look at another client."""
-    if user is not None and user != client_code:
-        raise NotFound(f"there is no client {client_code!r} for X-User-ID {user!r}")
 
 
 @contextlib.asynccontextmanager
@@ -72,17 +67,18 @@ async def add_dataset(
     return record
 
 
-async def submit_form(request: Request, studio: Studio, cause: Cause, key: str | None) -> Job:
+async def submit_form(request: Request, studio: Studio, cause: Cause, key: str | None, user: str | None) -> Job:
     """A multipart submission: the file is the dataset, the other parts are the fields."""
     async with receiving(studio) as intake:
         form = await read_multipart(
             request, on_chunk=intake.write, limits=studio.settings.uploads, file_fields=("dataset_filename", "file")
         )
         body = FineTuningJobRequest.model_validate({**fields(form.fields), "dataset_filename": "uploaded"})
+        check_tenant(user, body.client_code)
         studio.catalogue.require(body.model)
         await intake.finish()
     dataset = await add_dataset(studio, body.client_code, intake, form.filename, cause, key and f"submit\x00{key}")
-    return await submit(body.model_copy(update={"dataset_filename": dataset.id}), studio, cause, key)
+    return await submit(body.model_copy(update={"dataset_filename": dataset.id}), studio, cause, key, user)
 
 
 def fields(texts: dict[str, str]) -> dict[str, Any]:
@@ -96,9 +92,10 @@ def fields(texts: dict[str, str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != "" or name in ("client_code", "model")}
 
 
-async def submit(body: FineTuningJobRequest, studio: Studio, cause: Cause, key: str | None) -> Job:
+async def submit(body: FineTuningJobRequest, studio: Studio, cause: Cause, key: str | None, user: str | None) -> Job:
     """Write the job with its event. With a key that was used before for the same request: the job it made then."""
     tenant = body.client_code
+    check_tenant(user, tenant)
     base = studio.catalogue.require(body.model)
     dataset = await studio.datasets.resolve(tenant, body.dataset_filename, studio.s3.location("").rstrip("/"))
     if dataset.state == "damaged":

@@ -73,6 +73,27 @@ def test_two_clients_cannot_see_each_other(studio: Any, trained: Any) -> None:
     assert studio.call("POST", "/inference/deploy/fine_tuned", 422, json=stolen)["ok"] is False
 
 
+def test_a_client_cannot_act_as_another(studio: Any, trained: Any) -> None:
+    rival, dataset = {"X-User-ID": "rival"}, trained["dataset"]["dataset_id"]
+    weights = trained["job"]["fine_tuned_weights_path"]
+    row = {"file": ("x.jsonl", b'{"prompt": "a", "completion": "b"}\n')}
+    form = {"model": "tiny-llama", "client_code": "acme"}
+    for path, options in (
+        ("/fine_tuning/upload-dataset/acme", {"files": row}),
+        ("/fine_tuning/submit-finetune", {"json": {**form, "dataset_filename": dataset}}),
+        ("/fine_tuning/submit-finetune", {"data": form, "files": row}),
+        ("/inference/deploy/base", {"json": {"client_code": "acme", "model_id": "tiny-llama"}}),
+        (
+            "/inference/deploy/fine_tuned",
+            {"json": {"client_code": "acme", "base_model": "tiny-llama", "fine_tuned_weights_path": weights}},
+        ),
+    ):
+        assert "no client 'acme'" in studio.call("POST", path, 404, headers=rival, **options)["error"]
+    name = trained["deployment"]["deployment"]
+    studio.call("DELETE", f"/inference/deployments/{name}", 404, headers=rival)
+    studio.call("DELETE", f"/inference/deployments/{name}?client_code=acme", 404, headers=rival)
+
+
 def test_all_forms_of_naming_a_dataset(studio: Any, trained: Any) -> None:
     dataset = trained["dataset"]
     key = dataset["dataset_s3"].removeprefix("s3://").partition("/")[2]
