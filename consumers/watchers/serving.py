@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 
-from consumers.watchers import turn
+from consumers.watchers import apart, turn
 from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec, ReleaseState
 from mini_studio.errors import Conflict, Refused, Unavailable
 from mini_studio.records.releases import Release
@@ -31,9 +31,10 @@ async def reconcile(studio: Studio) -> float:
 
     async def one(release: Release) -> None:
         async with slots:
-            with structlog.contextvars.bound_contextvars(
+            bound = structlog.contextvars.bound_contextvars(
                 request_id=release.cause.correlation_id, subject=release.id, event_id=release.cause.causation_id
-            ):
+            )
+            with bound, apart():
                 await (keep(release, studio) if release.wanted else remove(release, studio))
 
     await asyncio.gather(*(one(release) for release in releases))

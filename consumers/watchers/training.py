@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from consumers.watchers import attempts, turn
+from consumers.watchers import apart, attempts, turn
 from events.fine_tuning import FineTuneFailed, FineTuneProgressed, FineTuneSucceeded
 from mini_studio.drivers.ports import RunReport, RunState
 from mini_studio.errors import Refused, Unavailable
@@ -39,7 +39,7 @@ async def reconcile(studio: Studio) -> float:
         run for phase in (RunPhase.COMMITTED, RunPhase.RUNNING, RunPhase.SUBMITTED) for run in await by(studio, phase)
     ]
     for run in active:
-        with bound(run):
+        with bound(run), apart():
             await follow(run, studio)
     queued = await by(studio, RunPhase.QUEUED)
     free = studio.settings.training.max_running - len(active)
@@ -64,7 +64,7 @@ async def start(run: TrainingRun, studio: Studio) -> bool:
     begun = await studio.runs.change(run.id, TrainingRun.begin_attempt)
     if begun is None:
         return False
-    with bound(begun):
+    with bound(begun), apart():
         await submit(begun, studio)
     return True
 

@@ -1,0 +1,248 @@
+"""What the watchers make of trainers, clusters and servers that misbehave. Records and attempt folders are real, nobody else is."""
+
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from consumers.watchers import attempts, serving, training
+from events.deployments import DeployRequested
+from events.types import new_id
+from mini_studio.drivers.ports import ReleaseSpec
+from mini_studio.records.record import ANYONE
+from mini_studio.records.releases import Release
+from mini_studio.records.training_runs import RunPhase, TrainingRun
+from mini_studio.settings import Settings, Training
+from mini_studio.wiring import Studio, open_studio
+from tests.consumers.cases import deploy, envelope, fine_tune
+from tests.fakes.serving_driver import FakeServingDriver
+from tests.fakes.training_cluster import FakeTrainingCluster
+from workloads.specs import MANIFEST, PROGRESS, WEIGHTS, Manifest, ManifestFile, Progress
+
+
+@pytest.fixture
+def cluster() -> FakeTrainingCluster:
+    return FakeTrainingCluster()
+
+
+@pytest.fixture
+def servers() -> FakeServingDriver:
+    return FakeServingDriver()
+
+
+@pytest_asyncio.fixture
+async def studio(tmp_path: Path, cluster: FakeTrainingCluster, servers: FakeServingDriver) -> AsyncIterator[Studio]:
+    settings = Settings(data=tmp_path, training=Training(max_running=10, max_attempts=2, lost_after_s=0.2))
+    async with open_studio(settings) as studio:
+        studio.cluster, studio.serving = cluster, servers
+        yield studio
+
+
+async def queued(studio: Studio) -> str:
+    id = new_id("job")
+    await studio.runs.insert(TrainingRun.claim(envelope(fine_tune(id), id)))
+    return id
+
+
+async def run_of(studio: Studio, id: str) -> TrainingRun:
+    run = await studio.runs.get(ANYONE, id)
+    assert run is not None
+    return run
+
+
+def says(studio: Studio, run: TrainingRun, *lines: Progress) -> None:
+    with (attempts.folder(run, studio.settings) / PROGRESS).open("a") as file:
+        file.writelines(line.model_dump_json() + "\n" for line in lines)
+
+
+def steps(number: int) -> Progress:
+    return Progress(kind="progress", time=time.time(), step=number, total_steps=9, train_loss=0.5, epoch=0.1)
+
+
+def finishes(studio: Studio, run: TrainingRun, content: bytes) -> None:
+    folder = attempts.folder(run, studio.settings)
+    (folder / WEIGHTS).mkdir()
+    (folder / WEIGHTS / "model.safetensors").write_bytes(content)
+    entry = ManifestFile(path="model.safetensors", size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    manifest = Manifest(
+        job_id=run.id, attempt=run.attempt, token=run.token, files=[entry], train_loss=0.1, steps=9, tokens=5
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+
+
+def told(run: TrainingRun | Release) -> list[str]:
+    return [entry["headers"]["ce_type"] for entry in run.outbox]
+
+
+async def test_a_run_goes_from_queued_to_its_artifact(studio: Studio) -> None:
+    id = await queued(studio)
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    assert (run.phase, run.attempt) == (RunPhase.SUBMITTED, 1)
+    says(studio, run, steps(1))
+    finishes(studio, run, b"first")
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    assert run.phase is RunPhase.SUCCEEDED
+    assert (attempts.final_path(run, studio.settings) / "model.safetensors").read_bytes() == b"first"
+    assert told(run) == [f"fine_tune.{name}.v1" for name in ("queued", "started", "progressed", "succeeded")]
+
+
+async def test_one_runs_trouble_does_not_stop_the_others(studio: Studio) -> None:
+    ids = [await queued(studio) for _ in range(3)]
+    for id in ids[:2]:
+        broken = attempts.job_folder(await run_of(studio, id), studio.settings)
+        broken.parent.mkdir(parents=True, exist_ok=True)
+        broken.write_text("a file stands where the job's folder belongs")
+    await training.reconcile(studio)
+    run = await run_of(studio, ids[2])
+    assert run.phase is RunPhase.SUBMITTED
+    says(studio, run, steps(1))
+    finishes(studio, run, b"fine")
+    await training.reconcile(studio)
+    assert (await run_of(studio, ids[2])).phase is RunPhase.SUCCEEDED
+
+
+async def test_a_silent_trainer_is_replaced_and_its_late_artifact_is_not_published(
+    studio: Studio, cluster: FakeTrainingCluster
+) -> None:
+    id = await queued(studio)
+    await training.reconcile(studio)
+    first = await run_of(studio, id)
+    says(studio, first, steps(1))
+    await training.reconcile(studio)
+    past = time.time() - 10
+    await studio.runs.change(id, lambda run: run.model_copy(update={"submitted_at": past}))
+    age(attempts.folder(first, studio.settings) / PROGRESS, past)
+    await training.reconcile(studio)
+    assert cluster.stops == [first.submission_id]
+    assert (await run_of(studio, id)).phase in (RunPhase.QUEUED, RunPhase.SUBMITTED)
+    finishes(studio, first, b"late")
+    await training.reconcile(studio)
+    second = await run_of(studio, id)
+    assert (second.phase, second.attempt) == (RunPhase.SUBMITTED, 2)
+    assert second.token != first.token
+    says(studio, second, steps(1))
+    finishes(studio, second, b"second")
+    await training.reconcile(studio)
+    final = attempts.final_path(second, studio.settings)
+    assert (final / "model.safetensors").read_bytes() == b"second"
+
+
+async def test_a_head_that_forgets_everything_uses_up_the_attempts(
+    studio: Studio, cluster: FakeTrainingCluster
+) -> None:
+    id = await queued(studio)
+    for _ in range(2):
+        await training.reconcile(studio)
+        await studio.runs.change(id, lambda run: run.model_copy(update={"submitted_at": time.time() - 10}))
+        cluster.forget()
+        await training.reconcile(studio)
+    run = await run_of(studio, id)
+    assert run.phase is RunPhase.FAILED
+    assert "Gave up after 2 attempts" in run.outbox[-1]["value"]
+
+
+async def test_a_cluster_that_is_away_costs_no_attempt(studio: Studio, cluster: FakeTrainingCluster) -> None:
+    id = await queued(studio)
+    cluster.away = True
+    for _ in range(5):
+        await training.reconcile(studio)
+    assert (await run_of(studio, id)).phase is RunPhase.QUEUED
+    cluster.away = False
+    await training.reconcile(studio)
+    assert (await run_of(studio, id)).attempt == 1
+
+
+async def test_a_trainers_own_failure_ends_the_job_with_its_log(studio: Studio, cluster: FakeTrainingCluster) -> None:
+    id = await queued(studio)
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    cluster.runs[run.submission_id].log += ["epoch 1", "no memory"]
+    says(studio, run, Progress(kind="failed", time=time.time(), code="out_of_memory", message="take smaller batches"))
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    assert run.phase is RunPhase.FAILED
+    assert all(word in run.outbox[-1]["value"] for word in ("out_of_memory", "take smaller batches", "no memory"))
+
+
+async def test_a_crash_between_commit_and_announcement_is_repaired(studio: Studio) -> None:
+    id = await queued(studio)
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    finishes(studio, run, b"weights")
+    await studio.runs.change(id, lambda run: run.started(run.token))
+    await studio.runs.change(id, lambda run: run.commit(run.token))
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    assert run.phase is RunPhase.SUCCEEDED
+    assert attempts.final_path(run, studio.settings).is_dir()
+
+
+async def released(studio: Studio) -> DeployRequested:
+    id = new_id("dep")
+    request = deploy(id)
+    await studio.releases.insert(Release.claim(envelope(request, id)))
+    return request
+
+
+async def release_of(studio: Studio, request: DeployRequested) -> Release:
+    release = await studio.releases.get(ANYONE, request.deployment_id)
+    assert release is not None
+    return release
+
+
+async def test_one_releases_trouble_does_not_stop_the_others(studio: Studio, servers: FakeServingDriver) -> None:
+    broken, fine = await released(studio), await released(studio)
+    real = servers.apply
+
+    async def apply(spec: ReleaseSpec) -> None:
+        if spec.name == broken.name:
+            raise OSError("a surprise")
+        await real(spec)
+
+    servers.apply = apply  # type: ignore[method-assign]
+    await serving.reconcile(studio)
+    assert (await release_of(studio, fine)).status == "ready"
+    assert (await release_of(studio, broken)).status == "deploying"
+
+
+async def test_servers_that_are_away_are_waited_for(studio: Studio, servers: FakeServingDriver) -> None:
+    request = await released(studio)
+    servers.away = True
+    await serving.reconcile(studio)
+    assert told(await release_of(studio, request)) == []
+    servers.away = False
+    await serving.reconcile(studio)
+    assert told(await release_of(studio, request)) == ["deployment.applied.v1", "deployment.ready.v1"]
+
+
+async def test_a_refused_release_is_left_alone(studio: Studio, servers: FakeServingDriver) -> None:
+    request = await released(studio)
+    servers.refuses = "quota exceeded"
+    await serving.reconcile(studio)
+    servers.refuses = None
+    await serving.reconcile(studio)
+    release = await release_of(studio, request)
+    assert told(release) == ["deployment.failed.v1"]
+    assert "quota exceeded" in release.outbox[0]["value"]
+
+
+async def test_a_crashed_server_is_reported_and_so_is_its_return(studio: Studio, servers: FakeServingDriver) -> None:
+    request = await released(studio)
+    await serving.reconcile(studio)
+    servers.crash(request.name)
+    await serving.reconcile(studio)
+    assert (await release_of(studio, request)).endpoints == []
+    servers.ready(request.name)
+    await serving.reconcile(studio)
+    names = ("applied", "ready", "applied", "ready")
+    assert told(await release_of(studio, request)) == [f"deployment.{name}.v1" for name in names]
+
+
+def age(file: Path, seconds: float) -> None:
+    os.utime(file, (seconds, seconds))
