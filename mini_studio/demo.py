@@ -78,7 +78,7 @@ class Demo:
     def _ask(self, what: str, model: str) -> str:
         body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 40}
         with bar(self._console) as progress:
-            progress.add_task(what, total=None)
+            task = progress.add_task(what, total=None)
             while True:
                 headers = {"X-User-ID": self._client_code}
                 response = self._http.post(f"/inference/infer/{model}", json=body, headers=headers)
@@ -87,6 +87,7 @@ class Demo:
                 if "failed" in response.text:
                     raise DemoFailed(response.json()["error"])
                 time.sleep(0.5)
+            progress.update(task, total=1, completed=1)
         if response.status_code != 200:
             raise DemoFailed(response.text)
         return str(response.json()["choices"][0]["message"]["content"])
