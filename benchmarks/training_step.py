@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from workloads import cores
 from workloads.base_models.install import ensure
 from workloads.specs import CURRENT_ATTEMPT, TrainSpec
 from workloads.train import model
@@ -35,13 +36,12 @@ TARGET = 0.95
 
 def main() -> None:
     options = _options()
-    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         root = options.models_root or Path(scratch) / "models"
         folder = ensure(options.model, root, print)
         spec = _spec(Path(scratch), root, options)
         rows = _rows(options.rows, options.tokens)
-        ours, bare = _compare(folder, spec, rows, options.rounds)
+        ours, bare = _compare(folder, spec, rows, options.rounds, options.threads)
     steps = batches_per_epoch(len(rows), spec.batch_size)
     _print_table(options, steps, ours, bare)
 
@@ -51,7 +51,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny-llama", help="a base model of the catalogue")
     parser.add_argument("--method", choices=["lora", "full"], help="by default as the trainer chooses")
     parser.add_argument("--models-root", type=Path, help="where the base model is kept; by default a temporary folder")
-    parser.add_argument("--threads", type=int, default=max(1, os.cpu_count() or 1))
+    parser.add_argument("--threads", type=int, help="by default as the trainer chooses, from all cores")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=96, help="tokens of the longest row; the shortest has half")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -77,7 +77,7 @@ def _spec(scratch: Path, root: Path, options: argparse.Namespace) -> TrainSpec:
         learning_rate_multiplier=0.1,
         prompt_loss_weight=0.01,
         method=options.method,
-        threads=options.threads,
+        threads=options.threads or max(1, os.cpu_count() or 1),
     )
 
 
@@ -93,7 +93,9 @@ def _rows(count: int, tokens: int) -> list[Row]:
     ]
 
 
-def _compare(folder: Path, spec: TrainSpec, rows: list[Row], rounds: int) -> tuple[list[float], list[float]]:
+def _compare(
+    folder: Path, spec: TrainSpec, rows: list[Row], rounds: int, threads: int | None
+) -> tuple[list[float], list[float]]:
     """Seconds of each round, ours and bare; one round of each goes before, to warm up."""
     attempt = Attempt(spec)
     attempt.folder.mkdir(parents=True)
@@ -107,6 +109,7 @@ def _compare(folder: Path, spec: TrainSpec, rows: list[Row], rounds: int) -> tup
     for round_ in range(rounds + 1):
         for times, way in ways if round_ % 2 else reversed(ways):
             learner = model.load(folder, spec)
+            torch.set_num_threads(threads or cores.useful_threads(learner.parameters, spec.threads))
             started = time.perf_counter()
             way(learner)
             if round_:
@@ -151,7 +154,7 @@ def _print_table(options: argparse.Namespace, steps: int, ours: list[float], bar
     ratios = [b / o for o, b in zip(ours, bare, strict=True)]
     ratio = statistics.median(ratios)
     print(
-        f"{options.model}, batches of {options.batch_size} rows of up to {options.tokens} tokens, {options.threads} threads"
+        f"{options.model}, batches of {options.batch_size} rows of up to {options.tokens} tokens, {torch.get_num_threads()} threads"
     )
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n"

@@ -80,7 +80,9 @@ class Training(BaseModel):
     ray_timeout_s: float = Field(5.0, gt=0, description="Longest wait for one answer of Ray.")
     max_running: int = Field(1, ge=1, description="Trainings that run at once; the others wait in our own queue.")
     threads: int = Field(
-        default_factory=lambda: max(1, os.cpu_count() or 1), ge=1, description="CPU threads of one training."
+        default_factory=lambda: max(1, os.cpu_count() or 1),
+        ge=1,
+        description="CPU threads of one training; tiny models use one.",
     )
     max_attempts: int = Field(
         3, ge=1, description="Attempts at one job before it fails for good (lost workers, restarts)."
@@ -98,7 +100,9 @@ class Serving(BaseModel):
     poll_s: float = Field(1.0, gt=0, description="How often the reconciler compares desired and observed state.")
     ready_timeout_s: float = Field(900.0, gt=0, description="Time from applied to ready before a deployment fails.")
     threads: int = Field(
-        default_factory=lambda: max(1, os.cpu_count() or 1), ge=1, description="CPU threads of a local model server."
+        default_factory=lambda: max(1, os.cpu_count() or 1),
+        ge=1,
+        description="CPU threads of a local model server; tiny models use one.",
     )
     max_restarts: int = Field(5, ge=1, description="Crashes in a row after which a local deployment fails.")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
+from workloads import cores
 from workloads.serve.app import Server
 from workloads.specs import ServerStatus
 
@@ -49,13 +50,13 @@ class Status:
 
 def load(server: Server, options: argparse.Namespace) -> None:
     """Load the model and attach the engine. Raises whatever stands in the way."""
+    cores.prepare(options.threads)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from workloads.base_models.install import ensure
     from workloads.serve.engine import Engine
 
-    torch.set_num_threads(options.threads)
     folder = options.weights
     if folder is None:
         folder = ensure(options.base_model, options.models_root, lambda message: print(message, flush=True))
@@ -65,6 +66,7 @@ def load(server: Server, options: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
     )
+    torch.set_num_threads(cores.useful_threads(model.num_parameters(), options.threads))
     server.engine = Engine(model.eval(), tokenizer)
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
+from workloads import cores
 from workloads.specs import TrainSpec
 from workloads.train.attempt import Attempt
 from workloads.train.errors import Stopped, TrainingFailure, explained
@@ -59,7 +60,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 def _prepare_environment(spec: TrainSpec) -> None:
     """What the libraries read when they load."""
-    os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+    cores.prepare(spec.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

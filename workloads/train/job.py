@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from workloads import cores
 from workloads.base_models.errors import BaseModelError
 from workloads.base_models.install import ensure
 from workloads.specs import WEIGHTS, TrainSpec
@@ -25,12 +26,12 @@ _REPORT_ROWS_S = 2.0
 def train(attempt: Attempt) -> None:
     """Train and commit. Raises `TrainingFailure`, or whatever broke."""
     spec = attempt.spec
-    torch.set_num_threads(spec.threads)
     transformers_logging.disable_progress_bar()
     attempt.preparing("checking the dataset")
     check_hash(spec.dataset_path, spec.dataset_sha256)
     attempt.preparing(f"loading the base model {spec.base_model}")
     learner = model.load(_base_model(attempt), spec)
+    torch.set_num_threads(cores.useful_threads(learner.parameters, spec.threads))
     data = _encode(attempt, learner)
     attempt.say(
         kind="prepared", rows=len(data.rows), tokens=data.tokens, truncated_rows=data.truncated, method=learner.method
