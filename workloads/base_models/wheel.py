@@ -46,9 +46,9 @@ def convert(gguf: Path, target: Path) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where, name = str(gguf.parent), gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-    loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.bfloat16)
-    config = AutoConfig.from_pretrained(where, gguf_file=name)
+    config = AutoConfig.from_pretrained(where, gguf_file=name)  # each reading takes seconds: what needs it gets it
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, config=config)
+    loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, config=config, dtype=torch.bfloat16)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # a model loaded from GGUF refuses save_pretrained: the same class takes over its weights
