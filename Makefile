@@ -7,7 +7,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
-# an install is about 5.5 GB on Linux, where torch brings its CUDA libraries
+# an install is about 5.8 GB on Linux, where torch brings its CUDA libraries
 NEEDED_MB := 7000
 
 .DEFAULT_GOAL := help
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[2/3] installer uv (about 25 MB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	@echo "[3/3] Mini Studio with torch, Ray, the broker and the S3 server (up to 3 GB to fetch the first time: torch with its CUDA libraries)"
-	@$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]' 2>&1 | { grep -v --line-buffered '^ [+~-] ' || true; }
+	@$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --compile-bytecode -e '.[dev]' 2>&1 | { grep -v --line-buffered '^ [+~-] ' || true; }
 	@du -sh .venv | awk '{print "installed: " $$1 " in .venv"}'
 	@touch $@
 
