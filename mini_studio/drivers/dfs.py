@@ -27,7 +27,7 @@ class DfsWriter:
         try:
             await asyncio.to_thread(self._file.write, chunk)
         except OSError as error:
-            raise Unavailable(f"the shared file system refused a write: {error.strerror}; free some space") from error
+            raise _refused(error) from error
 
 
 class DfsStore:
@@ -83,9 +83,7 @@ def _open_partial(path: Path) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         return tempfile.NamedTemporaryFile(dir=path.parent, prefix=PARTIAL, delete=False)  # type: ignore[return-value]
     except OSError as error:
-        raise Unavailable(
-            f"the shared file system refused a file: {error.strerror}; check its space and rights"
-        ) from error
+        raise _refused(error) from error
 
 
 def _commit(file: BinaryIO, path: Path) -> None:
@@ -95,4 +93,8 @@ def _commit(file: BinaryIO, path: Path) -> None:
         file.close()
         Path(file.name).replace(path)
     except OSError as error:
-        raise Unavailable(f"the shared file system refused a write: {error.strerror}; free some space") from error
+        raise _refused(error) from error
+
+
+def _refused(error: OSError) -> Unavailable:
+    return Unavailable(f"the shared file system refused a write: {error.strerror}; check its free space and rights")

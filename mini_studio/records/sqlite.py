@@ -145,7 +145,9 @@ class SqliteStore:
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, run)
         except sqlite3.OperationalError as error:
-            raise Unavailable(f"the record store is away: {error}") from error
+            raise Unavailable(
+                f"the record store cannot answer: {error}; check its disk's free space and rights"
+            ) from error
 
 
 def _schema(collections: Sequence[Collection]) -> list[str]:
