@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-
 from consumers import jobs
 from events.base import Cause, Envelope
 from events.fine_tuning import DatasetRef, FineTuneRequested, FineTuneStarted, Hyperparameters
@@ -20,6 +18,7 @@ from mini_studio.errors import Unavailable
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import requested
 from mini_studio.wiring import Studio
+from tests.fakes.log import read_all, write
 
 CAUSE = Cause(correlation_id="test")
 
@@ -108,35 +107,20 @@ async def test_poison_is_dead_lettered_as_it_is_and_the_good_goes_on(studio: Stu
         (None, []),
     ]
     mark = uuid.uuid4().hex.encode()
-    producer = AIOKafkaProducer(bootstrap_servers=studio.settings.kafka.bootstrap)
-    await producer.start()
-    for value, headers in poison:
-        await producer.send_and_wait(Topic.FINE_TUNES, key=mark, value=value, headers=headers)
-    await producer.stop()
+    bootstrap = studio.settings.kafka.bootstrap
+    await write(bootstrap, Topic.FINE_TUNES, poison, key=mark)
     consumer, seen = collector()
     job = a_request()
     await studio.jobs.insert(job)
     async with running(consumer, studio):
         await until(lambda: job.id in [e.subject for e in seen])
-    dead = [r for r in await read_all(studio, dead_letter_topic(Topic.FINE_TUNES, "jobs")) if r.key == mark]
+    dead = [r for r in await read_all(bootstrap, dead_letter_topic(Topic.FINE_TUNES, "jobs")) if r.key == mark]
     assert [(r.value or None) for r in dead] == [value for value, _ in poison]
     for record, (_, headers) in zip(dead, poison, strict=True):
         added = dict(record.headers)
         assert all(added.get(name) == (value or b"") or added.get(name) == value for name, value in headers)
         assert added["dlq_topic"] == Topic.FINE_TUNES.encode()
         assert added["dlq_reason"]
-
-
-async def read_all(studio: Studio, topic: str) -> list[Any]:
-    consumer = AIOKafkaConsumer(bootstrap_servers=studio.settings.kafka.bootstrap, auto_offset_reset="earliest")
-    await consumer.start()
-    consumer.assign([TopicPartition(topic, 0)])
-    records: list[Any] = []
-    for _ in range(4):
-        for batch in (await consumer.getmany(timeout_ms=500)).values():
-            records += batch
-    await consumer.stop()
-    return records
 
 
 async def test_job_records_follow_the_log_once(studio: Studio) -> None:

@@ -72,6 +72,17 @@ class Running:
             f"{self.url}/inference/infer/{model}", json=body, headers=headers, timeout=60, trust_env=False
         )
 
+    @property
+    def bootstrap(self) -> str:
+        return str(self.run_file["settings"]["kafka"]["bootstrap"])
+
+    @property
+    def run_file(self) -> Any:
+        return json.loads((self.data / "run" / "studio.json").read_text())
+
+    def get(self, url: str) -> httpx.Response:
+        return httpx.get(url, timeout=10, trust_env=False)
+
     def children(self, *words: str) -> list[int]:
         """Processes of this studio whose command line has all `words`."""
         found = []

@@ -1,12 +1,17 @@
 """The main job on the embedded stack, as a client does it: nothing here is replaced by a fake."""
 
+import asyncio
 import json
 import signal
+import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from tests.fakes.log import read_all, write
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -157,6 +162,73 @@ def test_hostile_filenames_harm_nothing(studio: Any) -> None:
     for name in ("../../etc/passwd", "x" * 3000, "a\x01b\x7f.jsonl"):
         stored = studio.call("POST", "/fine_tuning/upload-dataset/acme", 201, files={"file": (name, row)})
         assert stored["dataset_dfs"].endswith(f"/{stored['dataset_id']}.jsonl")
+
+
+def test_a_client_that_hangs_up_leaves_nothing(studio: Any) -> None:
+    def stored() -> set[Path]:
+        return {path for store in ("dfs", "s3") for path in (studio.data / store).rglob("*") if path.is_file()}
+
+    before = stored()
+    head = b'--X\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+    request = b"POST /fine_tuning/upload-dataset/acme HTTP/1.1\r\nHost: x\r\nContent-Length: 99000000\r\n"
+    with socket.create_connection(("127.0.0.1", studio.port)) as client:
+        client.sendall(request + b"Content-Type: multipart/form-data; boundary=X\r\n\r\n" + head)
+        for _ in range(100):
+            client.sendall(b'{"prompt": "a", "completion": "b"}\n' * 1000)
+        studio.until(lambda: stored() - before, 10)
+    studio.until(lambda: stored() == before, 10)
+
+
+def test_a_request_is_followed_through_its_events_and_logs(studio: Any, trained: Any) -> None:
+    """As a service sees it that knows nothing of the studio but the topic."""
+    sent = studio.call(
+        "POST", "/fine_tuning/submit-finetune", 201, headers={"X-Request-ID": "follow-me"},
+        json={"model": "tiny-llama", "client_code": "acme", "dataset_filename": trained["dataset"]["dataset_id"], **QUICK},
+    )["job"]  # fmt: skip
+    studio.finished(sent["id"])
+    records = asyncio.run(read_all(studio.bootstrap, "mini-studio.fine-tunes"))
+    mine = [{k: v.decode() for k, v in r.headers} for r in records if r.key == sent["id"].encode()]
+    assert {event["ce_correlationid"] for event in mine} == {"follow-me"}
+    verbs = [event["ce_type"].split(".")[1] for event in mine if event["ce_type"] != "fine_tune.progressed.v1"]
+    assert verbs == ["requested", "queued", "started", "succeeded"]
+    sequences = [int(event["ce_sequence"]) for event in mine if event["ce_source"].endswith("/training")]
+    assert sequences == list(range(1, len(sequences) + 1))
+    known = {event["ce_id"] for event in mine}
+    assert {event["ce_causationid"] for event in mine[1:]} <= known
+    logs = {path.stem for path in (studio.data / "logs").glob("*.log") if "follow-me" in path.read_text()}
+    assert {"api", "training"} <= logs
+
+
+def test_poison_on_the_log_goes_to_the_dead_letters_and_nothing_waits(studio: Any, trained: Any) -> None:
+    mark, topic = b"poison", "mini-studio.fine-tunes"
+    poison = [(b"\xff not json", [("ce_specversion", b"1.0"), ("ce_type", b"fine_tune.requested.v1")]), (b"{}", [])]
+    for partition in range(3):
+        asyncio.run(write(studio.bootstrap, topic, poison, key=mark, partition=partition))
+    job = studio.submit("acme", trained["dataset"]["dataset_id"], **QUICK)
+    assert studio.finished(job["id"])["status"] == "succeeded"
+    for consumer in ("jobs", "training"):
+        dead = asyncio.run(read_all(studio.bootstrap, f"{topic}.{consumer}.dead"))
+        assert sorted(r.value for r in dead if r.key == mark) == sorted([value for value, _ in poison] * 3)
+        metrics = studio.get(studio.run_file["health"][consumer].replace("/health", "/metrics")).text
+        assert f'mini_studio_dead_letters_total{{consumer="{consumer}",topic="{topic}"}} 6.0' in metrics
+
+
+def test_every_process_says_how_it_is(studio: Any, trained: Any) -> None:
+    for name, url in studio.run_file["health"].items():
+        if name in ("broker", "s3", "ray"):
+            continue
+        assert studio.get(url).status_code == 200, name
+        assert "mini_studio_" in studio.get(url.replace("/health", "/metrics")).text, name
+
+
+def test_answers_stream_through_the_proxy(studio: Any, trained: Any) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "stream": True}
+    answer(studio, "tiny-llama", "acme")
+    lines = [line for line in studio.infer("tiny-llama", body, "acme").text.splitlines() if line]
+    assert lines[-1] == "data: [DONE]"
+    pieces = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines[:-1]]
+    assert "".join(pieces) == ANSWER
+    assert len(pieces) > 1
 
 
 def test_a_model_that_cannot_be_had_fails_with_what_to_do(studio: Any) -> None:
