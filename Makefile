@@ -40,8 +40,8 @@ run: $(STAMP) ## start the studio in the foreground; Ctrl-C stops all of it
 demo: $(STAMP) ## do the main job on the running studio
 	@exec $(BIN)/mini-studio demo --data "$(DATA)"
 
-test: $(STAMP) ## all tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## all tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## format, lint, types, import contracts, published schemas
 	$(BIN)/ruff format --check .
