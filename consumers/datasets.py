@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from functools import partial
 
 import structlog
 
@@ -30,16 +31,19 @@ SWEEP_EVERY_S = 600.0
 async def sweep(studio: Studio) -> None:
     """Now and then delete stored bytes whose record was never written (a crash between the two)."""
 
-    async def known(key: str) -> bool:
-        return bool(await studio.datasets.where(limit=1, dfs_path=studio.dfs.location(key)))
-
     async def look() -> float:
-        async for key in orphans(studio.dfs, studio.settings.uploads.sweep_after_s, known):
+        async for key in orphans(studio.dfs, studio.settings.uploads.sweep_after_s, partial(recorded, studio)):
             await studio.intake.forget(key)
             log.info("datasets.swept", location=studio.dfs.location(key))
         return SWEEP_EVERY_S
 
     await turn(look, asyncio.Event())
+
+
+async def recorded(studio: Studio, key: str) -> bool:
+    """Whether a record names the blob, by path or by URI: a moved data folder changes the one, a renamed bucket the other."""
+    by_path = await studio.datasets.where(limit=1, dfs_path=studio.dfs.location(key))
+    return bool(by_path or await studio.datasets.where(limit=1, s3_uri=studio.s3.location(key)))
 
 
 @consumer.on(DatasetUploaded)

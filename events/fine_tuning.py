@@ -118,7 +118,7 @@ class FineTuneFailed(TrainingEvent):
     TYPE: ClassVar = "fine_tune.failed.v1"
 
     code: Literal[
-        "out_of_memory", "bad_row", "base_model", "dataset_changed", "lost_worker", "refused", "timeout", "internal"
+        "out_of_memory", "bad_row", "base_model", "dataset_changed", "no_space", "lost_worker", "refused", "internal"
     ]
     message: str = Field(description="What happened and what to do.")
     log_tail: list[str] = Field(default_factory=list, description="Last lines of the trainer's log.")

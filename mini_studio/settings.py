@@ -85,7 +85,9 @@ class Training(BaseModel):
         description="CPU threads of one training; tiny models use one.",
     )
     max_attempts: int = Field(
-        3, ge=1, description="Attempts at one job before it fails for good (lost workers, restarts)."
+        3,
+        ge=1,
+        description="Attempts whose trainer is killed or falls silent before a job fails for good; restarts of the studio do not count.",
     )
     poll_s: float = Field(0.5, gt=0, description="How often a running attempt's folder is read.")
     lost_after_s: float = Field(30.0, gt=0, description="Silence of a trainer after which its attempt counts as lost.")

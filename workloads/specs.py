@@ -5,6 +5,7 @@ A job's folder, `<models root>/<client>/<job id>/`:
     current-attempt               the fencing token of the attempt that may go on (written by the studio)
     attempts/<n>/spec.json        `TrainSpec` (written by the studio)
     attempts/<n>/progress.jsonl   one `Progress` a line (written by the trainer, appended)
+    attempts/<n>/heartbeat        touched by the trainer every few seconds
     attempts/<n>/weights/         the model, loadable by transformers alone
     attempts/<n>/manifest.json    `Manifest`, written last and atomically: its presence means the attempt is complete
     model -> attempts/<n>/weights the committed result (linked by the studio)
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 CURRENT_ATTEMPT = "current-attempt"
 SPEC = "spec.json"
 PROGRESS = "progress.jsonl"
+HEARTBEAT = "heartbeat"
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
 COMMITTED = "model"

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from mini_studio.ingest import key_of
 from mini_studio.records.training_runs import TrainingRun
 from mini_studio.settings import Settings
 from workloads.specs import (
     COMMITTED,
     CURRENT_ATTEMPT,
+    HEARTBEAT,
     MANIFEST,
     PROGRESS,
     SPEC,
@@ -23,7 +25,6 @@ from workloads.specs import (
     attempt_dir,
 )
 
-HEARTBEAT = "heartbeat"
 KILLED_BY_SIGNAL = ("SIGKILL", "SIGTERM", "signal", "exit code -", "exit code 137", "exit code 143")
 
 
@@ -51,7 +52,7 @@ def train_spec(run: TrainingRun, settings: Settings) -> TrainSpec:
         base_model=run.request.base_model,
         models_root=settings.models,
         job_dir=job_folder(run, settings),
-        dataset_path=Path(run.request.dataset.dfs_path),
+        dataset_path=settings.dfs / key_of(run.request.dataset.dfs_path),  # the data folder may have moved
         dataset_sha256=run.request.dataset.sha256,
         n_epochs=parameters.n_epochs,
         batch_size=parameters.batch_size,
@@ -97,8 +98,9 @@ def read_progress(attempt: Path, offset: int) -> tuple[list[Progress], int]:
     return lines, offset + len(whole)
 
 
-def has_more(attempt: Path, offset: int) -> bool:
-    return read_progress(attempt, offset)[1] > offset or (attempt / MANIFEST).exists()
+def has_more(attempt: Path, run: TrainingRun) -> bool:
+    """Whether there is something that the next turn would act upon."""
+    return read_progress(attempt, run.reported_bytes)[1] > run.reported_bytes or complete(attempt, run)
 
 
 def last_sign_of_life(attempt: Path) -> float:

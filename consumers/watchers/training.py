@@ -4,6 +4,7 @@ Every step is a compare-and-set on the run, then an idempotent effect; a crash b
 """
 
 import asyncio
+import errno
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -42,7 +43,7 @@ async def reconcile(studio: Studio) -> float:
         with bound(run), apart():
             await follow(run, studio)
     queued = await by(studio, RunPhase.QUEUED)
-    free = studio.settings.training.max_running - len(active)
+    free = studio.settings.training.max_running - sum(run.phase is not RunPhase.COMMITTED for run in active)
     started = [run for run in queued[: max(0, free)] if await start(run, studio)]
     return studio.settings.training.poll_s if active or started else (1.0 if queued else IDLE_S)
 
@@ -72,7 +73,13 @@ async def start(run: TrainingRun, studio: Studio) -> bool:
 async def submit(run: TrainingRun, studio: Studio) -> None:
     settings = studio.settings.training
     spec = attempts.train_spec(run, studio.settings)
-    file = await asyncio.to_thread(attempts.prepare, spec)
+    try:
+        file = await asyncio.to_thread(attempts.prepare, spec)
+    except OSError as error:
+        code = "no_space" if error.errno == errno.ENOSPC else "internal"
+        message = f"The attempt's folder cannot be written: {error}. Check the models folder's free space and rights, and submit again."
+        await studio.runs.change(run.id, lambda r: r.fail(run.token, code=code, message=message))
+        return
     try:
         await studio.cluster.submit(
             run.submission_id, file, cpus=1, gpus=0, metadata={"job_id": run.id, "attempt": str(run.attempt)}
@@ -115,6 +122,8 @@ async def report(run: TrainingRun, lines: list[Progress], read: int, studio: Stu
     if known:
         event = FineTuneProgressed.model_validate({"job_id": run.id, "attempt": run.attempt, **known})
         await studio.runs.change(run.id, lambda r: r.progressed(run.token, event, read))
+    elif read > run.reported_bytes:
+        await studio.runs.change(run.id, lambda r: r.read_to(run.token, read))
 
 
 async def announce(run: TrainingRun, folder: Path, studio: Studio) -> None:
@@ -136,7 +145,7 @@ async def announce(run: TrainingRun, folder: Path, studio: Studio) -> None:
 async def end(run: TrainingRun, failure: Progress, studio: Studio) -> None:
     """The trainer said itself why it ended."""
     if failure.code in INTERRUPTED:
-        await lose(run, "The trainer was stopped before it was done.", studio)
+        await lose(run, "The trainer was stopped before it was done.", studio, interrupted=True)
         return
     code = failure.code if failure.code and failure.code in FAILURE_CODES else "internal"
     await fail(run, code, failure.message or "The trainer failed and gave no reason.", studio)
@@ -148,9 +157,13 @@ async def fail(run: TrainingRun, code: str, message: str, studio: Studio) -> Non
     log.warning("training.failed", code=code, reason=message)
 
 
-async def lose(run: TrainingRun, reason: str, studio: Studio) -> None:
-    attempts_left = studio.settings.training.max_attempts
-    if await studio.runs.change(run.id, lambda r: r.lose(run.token, reason, attempts_left)) is not None:
+async def lose(run: TrainingRun, reason: str, studio: Studio, *, interrupted: bool) -> None:
+    allowed = studio.settings.training.max_attempts
+    tail = [] if interrupted else await studio.cluster.logs(run.submission_id, LOG_LINES)
+    lost = await studio.runs.change(
+        run.id, lambda r: r.lose(run.token, reason, allowed, interrupted=interrupted, log_tail=tail)
+    )
+    if lost is not None:
         log.warning("training.lost", reason=reason)
         await asyncio.to_thread(attempts.void, attempts.job_folder(run, studio.settings), run.token)
         studio.runs_changed.set()
@@ -168,7 +181,7 @@ async def check_alive(run: TrainingRun, folder: Path, studio: Studio) -> None:
     except Unavailable:
         return
     present = await studio.runs.get(ANYONE, run.id)
-    if present is None or present.token != run.token or attempts.has_more(folder, present.reported_bytes):
+    if present is None or present.token != run.token or attempts.has_more(folder, present):
         return  # it moved on while the cluster was asked
     await judge(run, found, silent > patience, studio)
 
@@ -176,11 +189,13 @@ async def check_alive(run: TrainingRun, folder: Path, studio: Studio) -> None:
 async def judge(run: TrainingRun, found: RunReport, silent: bool, studio: Studio) -> None:
     match found.state:
         case RunState.LOST:
-            await lose(run, "The cluster does not know the training any more (it was restarted).", studio)
+            await lose(
+                run, "The cluster does not know the training any more (it was restarted).", studio, interrupted=True
+            )
         case RunState.STOPPED:
-            await lose(run, "The training was stopped on the cluster.", studio)
+            await lose(run, "The training was stopped on the cluster.", studio, interrupted=True)
         case RunState.FAILED if attempts.killed(found.message):
-            await lose(run, f"The trainer was killed: {found.message}", studio)
+            await lose(run, f"The trainer was killed: {found.message}", studio, interrupted=False)
         case RunState.FAILED:
             message = f"The trainer ended without a result: {found.message} See log_tail."
             await fail(run, "internal", message, studio)
@@ -188,4 +203,4 @@ async def judge(run: TrainingRun, found: RunReport, silent: bool, studio: Studio
             await fail(run, "internal", "The trainer ended well but left no complete artifact.", studio)
         case RunState.PENDING | RunState.RUNNING if silent:
             await studio.cluster.stop(run.submission_id)
-            await lose(run, "The trainer gave no sign of life.", studio)
+            await lose(run, "The trainer gave no sign of life.", studio, interrupted=False)

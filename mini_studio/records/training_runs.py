@@ -9,6 +9,7 @@ that the token must still match. So a forgotten orphan can never publish a secon
 """
 
 import secrets
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, ClassVar, Self
@@ -27,6 +28,9 @@ from events.fine_tuning import (
 from mini_studio.records.projection import timestamp
 from mini_studio.records.record import Decider
 from mini_studio.records.store import Collection
+
+MAX_INTERRUPTIONS = 20
+"""Attempts that a job may lose to restarts of the studio or of the cluster, beside those it loses by itself."""
 
 
 class RunPhase(StrEnum):
@@ -53,6 +57,7 @@ class TrainingRun(Decider):
     token: str = ""
     submission_id: str = ""
     submitted_at: float = 0.0
+    failures: int = Field(0, description="Attempts whose trainer was killed or fell silent.")
     reported_bytes: int = Field(0, description="How much of this attempt's progress file is in events.")
 
     @classmethod
@@ -96,6 +101,12 @@ class TrainingRun(Decider):
             return None
         return self.deciding(event, reported_bytes=reported_bytes)
 
+    def read_to(self, token: str, reported_bytes: int) -> Self | None:
+        """What was read of the progress file had nothing to report."""
+        if token != self.token or reported_bytes <= self.reported_bytes:
+            return None
+        return self.model_copy(update={"reported_bytes": reported_bytes})
+
     def commit(self, token: str) -> Self | None:
         """Choose this attempt's artifact, for ever, if the token still holds."""
         if self.phase is not RunPhase.RUNNING or token != self.token:
@@ -115,11 +126,18 @@ class TrainingRun(Decider):
         event = FineTuneFailed(job_id=self.id, attempt=self.attempt, **failure)
         return self.deciding(event, phase=RunPhase.FAILED)
 
-    def lose(self, token: str, reason: str, max_attempts: int) -> Self | None:
-        """The attempt is lost: queue another one, or end the job when it had its attempts. Its token is void at once."""
+    def lose(
+        self, token: str, reason: str, max_failures: int, *, interrupted: bool, log_tail: Sequence[str] = ()
+    ) -> Self | None:
+        """The attempt is lost: queue another one, or end the job when it had its attempts. Its token is void at once.
+
+        An attempt that was `interrupted` says nothing against the job: those count against `MAX_INTERRUPTIONS` alone.
+        """
         if self.phase not in (RunPhase.SUBMITTED, RunPhase.RUNNING) or token != self.token:
             return None
-        if self.attempt >= max_attempts:
-            return self.fail(token, code="lost_worker", message=f"{reason} Gave up after {self.attempt} attempts.")
+        failures = self.failures + (not interrupted)
+        if failures >= max_failures or self.attempt >= max_failures + MAX_INTERRUPTIONS:
+            message = f"{reason} Gave up after {self.attempt} attempts."
+            return self.fail(token, code="lost_worker", message=message, log_tail=list(log_tail))
         event = FineTuneQueued(job_id=self.id, attempt=self.attempt, reason=reason)
-        return self.deciding(event, phase=RunPhase.QUEUED, token="")
+        return self.deciding(event, phase=RunPhase.QUEUED, token="", failures=failures)

@@ -3,19 +3,22 @@
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from consumers import datasets
 from consumers.watchers import attempts, serving, training
+from events.datasets import DatasetUploaded
 from events.deployments import DeployRequested
-from events.types import new_id
+from events.types import DatasetFormat, new_id
+from mini_studio.drivers.dfs import DfsStore
 from mini_studio.drivers.ports import ReleaseSpec
 from mini_studio.records.record import ANYONE
 from mini_studio.records.releases import Release
-from mini_studio.records.training_runs import RunPhase, TrainingRun
+from mini_studio.records.training_runs import MAX_INTERRUPTIONS, RunPhase, TrainingRun
 from mini_studio.settings import Settings, Training
 from mini_studio.wiring import Studio, open_studio
 from tests.consumers.cases import deploy, envelope, fine_tune
@@ -133,18 +136,68 @@ async def test_a_silent_trainer_is_replaced_and_its_late_artifact_is_not_publish
     assert (final / "model.safetensors").read_bytes() == b"second"
 
 
-async def test_a_head_that_forgets_everything_uses_up_the_attempts(
+async def lost_again(studio: Studio, id: str, lose: Callable[[str], None]) -> TrainingRun:
+    """One more attempt, whose trainer says that it started, and is lost."""
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    if run.phase is RunPhase.SUBMITTED:
+        says(studio, run, Progress(kind="started", time=time.time()))
+        await training.reconcile(studio)
+        past = time.time() - 10
+        await studio.runs.change(id, lambda run: run.model_copy(update={"submitted_at": past}))
+        age(attempts.folder(run, studio.settings) / PROGRESS, past)
+        lose(run.submission_id)
+        await training.reconcile(studio)
+    return await run_of(studio, id)
+
+
+async def test_restarts_of_the_cluster_do_not_count_against_a_job(studio: Studio, cluster: FakeTrainingCluster) -> None:
+    id = await queued(studio)
+    for _ in range(studio.settings.training.max_attempts + 2):
+        run = await lost_again(studio, id, lambda _: cluster.forget())
+    assert run.phase in (RunPhase.QUEUED, RunPhase.SUBMITTED)
+    for _ in range(MAX_INTERRUPTIONS):
+        run = await lost_again(studio, id, lambda _: cluster.forget())
+    assert run.phase is RunPhase.FAILED, "but it does not go on for ever"
+
+
+async def test_a_trainer_killed_again_and_again_ends_the_job_with_its_log(
     studio: Studio, cluster: FakeTrainingCluster
 ) -> None:
     id = await queued(studio)
-    for _ in range(2):
-        await training.reconcile(studio)
-        await studio.runs.change(id, lambda run: run.model_copy(update={"submitted_at": time.time() - 10}))
-        cluster.forget()
-        await training.reconcile(studio)
+    for _ in range(studio.settings.training.max_attempts):
+        run = await lost_again(studio, id, lambda name: cluster.fail(name, 137, ["loading the model"]))
+    assert run.phase is RunPhase.FAILED
+    assert all(word in run.outbox[-1]["value"] for word in ("Gave up after 2 attempts", "137", "loading the model"))
+
+
+async def test_a_manifest_that_names_other_files_than_there_are_ends_the_job(
+    studio: Studio, cluster: FakeTrainingCluster
+) -> None:
+    id = await queued(studio)
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    says(studio, run, steps(1))
+    finishes(studio, run, b"whole")
+    (attempts.folder(run, studio.settings) / WEIGHTS / "model.safetensors").write_bytes(b"cut")
+    await training.reconcile(studio)
+    past = time.time() - 10
+    await studio.runs.change(id, lambda run: run.model_copy(update={"submitted_at": past}))
+    age(attempts.folder(run, studio.settings) / PROGRESS, past)
+    cluster.finish(run.submission_id)
+    await training.reconcile(studio)
+    assert (await run_of(studio, id)).phase is RunPhase.FAILED
+
+
+async def test_a_folder_that_cannot_be_written_ends_the_job_with_the_cause(studio: Studio) -> None:
+    id = await queued(studio)
+    client = attempts.job_folder(await run_of(studio, id), studio.settings).parent
+    client.parent.mkdir(parents=True, exist_ok=True)
+    client.write_text("a file where a folder should be")
+    await training.reconcile(studio)
     run = await run_of(studio, id)
     assert run.phase is RunPhase.FAILED
-    assert "Gave up after 2 attempts" in run.outbox[-1]["value"]
+    assert "cannot be written" in run.outbox[-1]["value"]
 
 
 async def test_a_cluster_that_is_away_costs_no_attempt(studio: Studio, cluster: FakeTrainingCluster) -> None:
@@ -246,3 +299,17 @@ async def test_a_crashed_server_is_reported_and_so_is_its_return(studio: Studio,
 
 def age(file: Path, seconds: float) -> None:
     os.utime(file, (seconds, seconds))
+
+
+async def test_a_moved_data_folder_makes_no_orphans(studio: Studio, tmp_path: Path) -> None:
+    id = new_id("ds")
+    key = f"datasets/{id}.jsonl"
+    event = DatasetUploaded(
+        dataset_id=id, dfs_path=studio.dfs.location(key), s3_uri=studio.s3.location(key), size_bytes=1, sha256="0" * 64,
+        format=DatasetFormat.CHAT, rows=1, characters=1, longest_line_bytes=1,
+    )  # fmt: skip
+    await studio.datasets.apply(envelope(event, id))
+    assert await datasets.recorded(studio, key)
+    studio.dfs = DfsStore(tmp_path / "elsewhere")
+    assert await datasets.recorded(studio, key)
+    assert not await datasets.recorded(studio, "datasets/nobodys.jsonl")

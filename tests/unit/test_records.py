@@ -112,7 +112,7 @@ def test_a_stale_attempt_can_do_nothing() -> None:
     assert first is not None
     running = first.started(first.token)
     assert running is not None
-    queued = running.lose(first.token, "gone", 3)
+    queued = running.lose(first.token, "gone", 3, interrupted=False)
     assert queued is not None and queued.phase is RunPhase.QUEUED
     second = queued.begin_attempt()
     assert second is not None and second.attempt == 2 and second.token != first.token
@@ -120,7 +120,7 @@ def test_a_stale_attempt_can_do_nothing() -> None:
     assert current is not None
     assert current.commit(first.token) is None
     assert current.fail(first.token, code="internal", message="x") is None
-    assert current.lose(first.token, "x", 3) is None
+    assert current.lose(first.token, "x", 3, interrupted=False) is None
     committed = current.commit(second.token)
     assert committed is not None and committed.commit(second.token) is None
     sequences = [entry["headers"]["ce_sequence"] for entry in committed.outbox]
@@ -133,7 +133,7 @@ def test_attempts_run_out() -> None:
         assert present is not None
         begun = present.begin_attempt()
         assert begun is not None
-        present = begun.lose(begun.token, "The worker died.", 3)
+        present = begun.lose(begun.token, "The worker died.", 3, interrupted=False)
     assert present is not None and present.phase is RunPhase.FAILED
     assert '"lost_worker"' in present.outbox[-1]["value"]
 

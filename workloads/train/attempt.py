@@ -13,6 +13,7 @@ from typing import Any
 
 from workloads.specs import (
     CURRENT_ATTEMPT,
+    HEARTBEAT,
     MANIFEST,
     PROGRESS,
     Manifest,
@@ -22,9 +23,6 @@ from workloads.specs import (
     attempt_dir,
 )
 from workloads.train.errors import FENCED, TrainingFailure
-
-HEARTBEAT = "heartbeat"
-"""A file in the attempt's folder whose modification time is the trainer's last sign of life."""
 
 _BEAT_S = 2.0
 _REPEAT_AFTER_S = 4.0

@@ -4,6 +4,7 @@ TrainingFailure         goes into the last line of `progress.jsonl` as `code` an
 Stopped                 SIGTERM; not an `Exception`, so that no library's `except Exception` swallows it
 """
 
+import errno
 from typing import Literal
 
 Code = Literal["out_of_memory", "bad_row", "base_model", "dataset_changed", "no_space", "fenced", "stopped", "internal"]
@@ -27,7 +28,7 @@ OUT_OF_MEMORY = (
 )
 FENCED = "Another attempt at this job has taken over, or the job was removed; this one stopped and left no model."
 STOPPED = "The training was asked to stop before it was done; submit it again to start anew."
-_NO_SPACE = 28  # errno.ENOSPC
+_NO_SPACE = f"os error {errno.ENOSPC}"  # as safetensors says it
 
 
 def explained(error: BaseException) -> TrainingFailure:
@@ -38,9 +39,9 @@ def explained(error: BaseException) -> TrainingFailure:
         return TrainingFailure("stopped", STOPPED)
     if _out_of_memory(error):
         return TrainingFailure("out_of_memory", OUT_OF_MEMORY)
-    if isinstance(error, OSError) and error.errno == _NO_SPACE:
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or _NO_SPACE in str(error):
         return TrainingFailure(
-            "no_space", f"The disk of the model folders is full ({error.filename}); make room and submit again."
+            "no_space", f"The disk of the model folders is full ({error}); make room and submit again."
         )
     return TrainingFailure(
         "internal",
