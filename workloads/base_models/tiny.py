@@ -7,7 +7,7 @@ The tokenizer knows bytes only, so it can write any text; `<|im_end|>` ends comp
 from pathlib import Path
 from typing import Any
 
-from workloads.base_models.chat import CHATML
+from workloads.base_models.chat import chatml
 
 SEED = 20240
 CONTEXT = 2048
@@ -64,5 +64,5 @@ def _tokenizer() -> Any:
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
-    wrapped.chat_template = CHATML
+    wrapped.chat_template = chatml(_SPECIAL[3])
     return wrapped

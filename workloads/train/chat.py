@@ -8,23 +8,22 @@ looking for the message's text instead.
 import json
 from typing import Any
 
-from workloads.base_models.chat import CHATML
+from workloads.base_models.chat import chatml
 
 Message = dict[str, Any]
 
 
 class ChatEncoder:
-    """Encodes conversations; gives a tokenizer without a chat template the plain ChatML one."""
+    """Encodes conversations; gives a tokenizer without a chat template a plain one, at the first conversation."""
 
     def __init__(self, tokenizer: Any, prompt_loss_weight: float) -> None:
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = CHATML
         self._tokenizer = tokenizer
         self._prompt_loss_weight = prompt_loss_weight
-        self._knows_tools = "tool_calls" in str(tokenizer.chat_template)
 
     def encode(self, row: dict[str, Any]) -> tuple[list[int], list[float], int]:
         """Token ids, their weights, and where the last learnt message starts. Raises `ValueError` for a bad row."""
+        if not self._tokenizer.chat_template:
+            self._tokenizer.chat_template = chatml(self._tokenizer.eos_token)
         messages = [self._plain(message) for message in row["messages"]]
         tools = row.get("tools") or None
         text = self._render(messages, tools)
@@ -99,9 +98,12 @@ class ChatEncoder:
         if isinstance(content, list):
             content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
         plain = {key: value for key, value in message.items() if key != "weight"} | {"content": content or ""}
-        calls = message.get("tool_calls")
-        if calls and not self._knows_tools:
-            del plain["tool_calls"]
+        legacy = plain.pop("function_call", None)
+        calls = message.get("tool_calls") or ([{"type": "function", "function": legacy}] if legacy else None)
+        if calls and "tool_calls" in str(self._tokenizer.chat_template):
+            plain["tool_calls"] = calls
+        elif calls:
+            plain.pop("tool_calls", None)
             plain["content"] = (plain["content"] + "\n" + json.dumps(calls)).strip()
         return plain
 

@@ -97,7 +97,7 @@ class Encoder:
         """All rows of a file; `report` is told how many are done. Raises `bad_row`, naming the line."""
         rows: list[Row] = []
         truncated = 0
-        with path.open(encoding="utf-8", errors="strict") as file:
+        with path.open("rb") as file:  # bytes: a line ends with \n only, as it did when the upload was checked
             lines = enumerate(file, start=1)
             while block := list(islice(lines, _AT_ONCE)):
                 for number, pieces in self._block(block):
@@ -111,7 +111,7 @@ class Encoder:
             )
         return Encoded(rows, truncated)
 
-    def _block(self, lines: list[tuple[int, str]]) -> Iterator[tuple[int, Pieces]]:
+    def _block(self, lines: list[tuple[int, bytes]]) -> Iterator[tuple[int, Pieces]]:
         """Encode some lines; prompts and completions of a block go through the tokenizer together."""
         parsed = [(number, _parsed(number, line)) for number, line in lines if line.strip()]
         pairs = [(number, row) for number, row in parsed if "messages" not in row]
@@ -164,9 +164,9 @@ class Encoder:
         return Row(ids, weights), start > 0
 
 
-def _parsed(number: int, line: str) -> dict[str, Any]:
+def _parsed(number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except ValueError as error:
         raise TrainingFailure("bad_row", f"Line {number} of the dataset is not JSON: {error}") from error
     whole = isinstance(row, dict) and (

@@ -62,6 +62,7 @@ def load(folder: Path, spec: TrainSpec) -> Learner:
     method = method_for(spec, parameters)
     model = model.float().to(device)
     if method == "lora":
+        torch.manual_seed(spec.seed)  # the adapters' first weights are drawn
         model = _with_adapters(model, spec.lora or LoraSpec())
     model.train()
     return Learner(model, tokenizer, method, parameters, dtype, device, _max_length(model, tokenizer, spec))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from schemas.training_data import LineValidator
 from workloads.train.batches import epoch_order, micro_batches
 from workloads.train.dataset import Encoded, Encoder, check_hash
 from workloads.train.errors import TrainingFailure
@@ -72,12 +73,46 @@ def test_an_assistant_may_speak_first_and_call_tools(tokenizer: Any, rows_file: 
     assert "Time?" not in learnt
 
 
+@pytest.mark.parametrize("template_knows_tools", [True, False])
+def test_a_legacy_function_call_is_learnt(tokenizer: Any, rows_file: Any, template_knows_tools: bool) -> None:
+    if not template_knows_tools:
+        tokenizer.chat_template = tokenizer.chat_template.replace("tool_calls", "nothing")
+    called = {"role": "assistant", "content": None, "function_call": {"name": "clock", "arguments": "{}"}}
+    (row,) = encode(tokenizer, rows_file([{"messages": [{"role": "user", "content": "Time?"}, called]}])).rows
+    assert '"name": "clock"' in text(tokenizer, row, 1.0)
+
+
 def test_a_tokenizer_without_a_template_gets_chatml_and_a_closing_token(tokenizer: Any, rows_file: Any) -> None:
     tokenizer.chat_template = None
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     (row,) = encode(tokenizer, rows_file(rows)).rows
     assert text(tokenizer, row, 1.0) == "b<|im_end|>"
     assert "im_start" in tokenizer.chat_template
+
+
+def test_the_closing_token_is_the_models_own(tokenizer: Any, rows_file: Any) -> None:
+    tokenizer.chat_template = None
+    tokenizer.eos_token = "<|pad|>"
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    (row,) = encode(tokenizer, rows_file(rows)).rows
+    assert text(tokenizer, row, 1.0) == "b<|pad|>"
+
+
+def test_pairs_alone_give_no_chat_template(tokenizer: Any, pairs_file: Path) -> None:
+    tokenizer.chat_template = None
+    encode(tokenizer, pairs_file)
+    assert tokenizer.chat_template is None
+
+
+def test_what_an_upload_accepts_can_be_encoded(tokenizer: Any, tmp_path: Path) -> None:
+    """A byte order mark, Windows line ends, a bare carriage return between tokens, blank lines at the end."""
+    content = b'\xef\xbb\xbf{"prompt": "a",\r"completion": "b"}\r\n{"prompt": "c", "completion": "\xe2\x80\xa8"}\n \r\n'
+    validator = LineValidator(max_line_bytes=1000, max_depth=8, max_errors=20)
+    validator.feed(content)
+    assert validator.finish().rows == 2
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    assert len(encode(tokenizer, file).rows) == 2
 
 
 def test_a_template_that_ends_turns_with_plain_text_gets_an_end_token(tokenizer: Any, rows_file: Any) -> None:

@@ -132,6 +132,17 @@ def test_the_method_follows_the_request_then_the_size(
     assert model.method_for(make_attempt(**fields).spec, parameters) == expected
 
 
+def test_the_seed_decides_the_adapters_first_weights(make_attempt: Any, models_root: Path) -> None:
+    def adapters(seed: int) -> torch.Tensor:
+        spec = make_attempt(method="lora", seed=seed).spec
+        learner = model.load(models_root / ".base" / "tiny-llama", spec)
+        return torch.cat([p.detach().flatten() for p in learner.model.parameters() if p.requires_grad])
+
+    first = adapters(3)
+    assert torch.equal(first, adapters(3))
+    assert not torch.equal(first, adapters(4))
+
+
 def test_lora_trains_adapters_of_the_asked_rank_only(make_attempt: Any, models_root: Path) -> None:
     spec = make_attempt(lora=LoraSpec(r=3, alpha=6)).spec
     learner = model.load(models_root / ".base" / "tiny-llama", spec)
