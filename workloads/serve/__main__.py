@@ -64,7 +64,7 @@ def load(server: Server, options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
     )
     torch.set_num_threads(cores.useful_threads(model.num_parameters(), options.threads))
     server.engine = Engine(model.eval(), tokenizer)

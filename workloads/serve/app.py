@@ -84,7 +84,7 @@ class Server:
         answers: list[Answer] = []
         try:
             for prompt in prompts:
-                answers += [self.engine.submit(prompt, payload.sampling) for _ in range(payload.n)]
+                answers += [self.engine.submit(prompt, payload.sampling.nth(index)) for index in range(payload.n)]
         except BadInput:
             cancel(answers)
             raise

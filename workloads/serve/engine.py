@@ -19,6 +19,8 @@ from workloads.serve.text import Detokenizer
 
 MAX_BATCH = 16
 MAX_WAITING = 256
+GREEDY_BELOW = 1e-5
+"""Temperatures under it are greedy: dividing by them overflows. vLLM's bound."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,17 @@ class Engine:
         )
         batch.keys = [layer.keys for layer in cache.layers]
         batch.values = [layer.values for layer in cache.layers]
-        kept = [n for n, row in enumerate(batch.rows) if self._take(row, output.logits[n, -1])]
+        kept = [n for n, row in enumerate(batch.rows) if self._goes_on(row, output.logits[n, -1])]
         if len(kept) < len(batch.rows):
             batch.keep(kept)
+
+    def _goes_on(self, row: Sequence_, logits: torch.Tensor) -> bool:
+        """`_take`, whose failure ends this row only."""
+        try:
+            return self._take(row, logits)
+        except Exception as error:
+            row.emit(error)
+            return False
 
     def _take(self, row: Sequence_, logits: torch.Tensor) -> bool:
         """Choose the row's next token and emit its text; whether the row goes on."""
@@ -252,7 +262,7 @@ class Answer:
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
     """Greedy at temperature 0, else from the smallest set of tokens whose probability reaches `top_p` (Holtzman et al. 2020)."""
-    if sampling.temperature == 0 or generator is None or sampling.top_p == 0:
+    if sampling.temperature < GREEDY_BELOW or generator is None or sampling.top_p == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
     if sampling.top_p < 1:

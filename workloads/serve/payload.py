@@ -1,23 +1,34 @@
 """Requests in OpenAI's parameter names, checked field by field."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from workloads.serve.errors import BadInput
 
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
-UNSUPPORTED = (
-    "tools",
-    "functions",
-    "logprobs",
-    "top_logprobs",
-    "echo",
-    "best_of",
-    "suffix",
-    "response_format",
-    "logit_bias",
-)
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+}
+"""Parameters that would change the answer, and the values besides null that ask for nothing."""
 MAX_CHOICES = 4
 MAX_PROMPTS = 16
 MAX_STOPS = 4
@@ -33,6 +44,10 @@ class Sampling:
     top_p: float
     stop: tuple[str, ...]
     seed: int | None
+
+    def nth(self, index: int) -> "Sampling":
+        """For one of several choices: a seed of its own, so that they differ."""
+        return self if self.seed is None else replace(self, seed=self.seed + index)
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,11 @@ def parse(body: bytes, model: str, *, chat: bool | None) -> Payload:
         if ("messages" in data) == ("prompt" in data):
             raise BadInput("give either messages (chat) or prompt (completion)")
         chat = "messages" in data
-    for name in UNSUPPORTED:
-        if data.get(name) not in (None, False, 1 if name == "best_of" else None) and data.get(name) != {"type": "text"}:
+    for name, neutral in UNSUPPORTED.items():
+        value = data.get(name)
+        if value is not None and not any(
+            value == v and isinstance(value, bool) == isinstance(v, bool) for v in neutral
+        ):
             raise BadInput(f"{name} is not supported by this server", param=name, code="unsupported_parameter")
     options = data.get("stream_options") or {}
     if not isinstance(options, dict):

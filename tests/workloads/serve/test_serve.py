@@ -113,6 +113,31 @@ def test_seeds_repeat(url: str) -> None:
     assert post(url, "/predict", body)["choices"] == post(url, "/predict", body)["choices"]
 
 
+def test_choices_of_one_seed_differ(url: str) -> None:
+    body = {"prompt": "abc", "temperature": 2.0, "seed": 7, "max_tokens": 12, "n": 3}
+    choices = post(url, "/predict", body)["choices"]
+    assert len({choice["text"] for choice in choices}) == 3
+    assert choices == post(url, "/predict", body)["choices"]
+
+
+def test_parameters_that_ask_for_nothing_are_taken(url: str) -> None:
+    neutral = {
+        "logit_bias": {},
+        "tools": [],
+        "presence_penalty": 0.0,
+        "best_of": 1,
+        "logprobs": False,
+        "tool_choice": "auto",
+    }
+    assert post(url, "/predict", {"prompt": "abc", **GREEDY, **neutral})["choices"]
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-37, 1e-20, 1e-5])
+def test_a_tiny_temperature_is_greedy(url: str, temperature: float) -> None:
+    greedy = post(url, "/predict", {"prompt": "abc", **GREEDY})["choices"]
+    assert post(url, "/predict", {"prompt": "abc", **GREEDY, "temperature": temperature})["choices"] == greedy
+
+
 def test_a_client_that_hangs_up_frees_its_place(url: str) -> None:
     with httpx.stream("POST", url + "/predict", json={"prompt": "a", "max_tokens": 200, "stream": True}) as response:
         next(response.iter_lines())
@@ -137,6 +162,11 @@ BAD: list[tuple[Any, int, str]] = [
     ({"prompt": "x", "stop": ["a"] * 5}, 400, "stop"),
     ({"prompt": "x", "n": 99}, 400, "n must"),
     ({"prompt": "x", "logprobs": 3}, 400, "logprobs"),
+    ({"prompt": "x", "logprobs": 0}, 400, "logprobs"),
+    ({"prompt": "x", "frequency_penalty": 0.5}, 400, "frequency_penalty"),
+    ({"prompt": "x", "repetition_penalty": 1.2}, 400, "repetition_penalty"),
+    ({"prompt": "x", "ignore_eos": True}, 400, "ignore_eos"),
+    ({"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}, 400, "tool_choice"),
     ({"prompt": "x", "model": "other"}, 404, "other"),
 ]
 
