@@ -104,7 +104,8 @@ async def submit(body: FineTuningJobRequest, studio: Studio, cause: Cause, key: 
         same = body.model_copy(update={"dataset_filename": dataset.id}).model_dump_json()
         await claim(studio, tenant, "fine_tune", key, fingerprint(same), cause)
     id = derived_id("job", tenant, key) if key else new_id("job")
-    default = "lora" if (base.parameters or 0) > studio.settings.training.lora_over_parameters else "full"
+    tiny = base.parameters is not None and base.parameters <= studio.settings.training.lora_over_parameters
+    default = "full" if tiny else "lora"
     event = FineTuneRequested(
         job_id=id,
         base_model=body.model,

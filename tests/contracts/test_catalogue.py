@@ -4,7 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mini_studio.drivers.catalogue import ModelCatalogue
 from mini_studio.errors import Invalid
@@ -13,7 +15,7 @@ from mini_studio.errors import Invalid
 def folder_of_a_model(at: Path) -> Path:
     at.mkdir(parents=True)
     (at / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (at / "model.safetensors").write_text("weights")
+    save_file({"a": np.zeros((2, 3)), "b": np.zeros(4)}, at / "model.safetensors")
     (at / "tokenizer.json").write_text("{}")
     return at
 
@@ -42,7 +44,7 @@ def test_a_local_folder_is_added_under_a_name(tmp_path: Path) -> None:
     folder = folder_of_a_model(tmp_path / "mine")
     said = list(catalogue.add("org/mine", folder))
     assert said == [f"org/mine is ready in {folder}"]
-    assert catalogue.require("org/mine").installed
+    assert (catalogue.require("org/mine").installed, catalogue.require("org/mine").parameters) == (True, 10)
     assert catalogue.names()[-1] == "org/mine"
 
 
@@ -50,6 +52,10 @@ def test_what_cannot_be_added_says_why(tmp_path: Path) -> None:
     catalogue = ModelCatalogue(tmp_path)
     with pytest.raises(Invalid, match=r"config\.json"):
         list(catalogue.add("mine", tmp_path))
+    broken = folder_of_a_model(tmp_path / "broken")
+    (broken / "model.safetensors").write_text("cut")
+    with pytest.raises(Invalid, match="copy the model's folder again"):
+        list(catalogue.add("mine", broken))
     with pytest.raises(Invalid, match="models add"):
         list(catalogue.add("no-such-model"))
     with pytest.raises(Invalid, match="cannot name"):

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -54,7 +55,7 @@ def add_local(name: str, folder: Path, models_root: Path) -> Path:
                 f"{name} is installed already in {at}: choose another name, or delete that folder first."
             )
         at.mkdir(exist_ok=True)
-        _write_source(at, {"name": name, "how": "local", "parameters": None, "path": str(folder)})
+        _write_source(at, {"name": name, "how": "local", "parameters": parameters_of(folder), "path": str(folder)})
     return folder
 
 
@@ -90,7 +91,7 @@ def _build(name: str, made: Path, work: Path, report: Report) -> tuple[catalogue
         return "registry", wheel.build(made, work, report)
     hub.build(name, made, report)
     _check_folder(made)
-    return "hub", None
+    return "hub", parameters_of(made)
 
 
 def _unknown(name: str, models_root: Path) -> BaseModelUnavailable:
@@ -118,9 +119,23 @@ def _check_folder(folder: Path) -> None:
             f"{folder} wants to run code of its own, which is never done here; choose another model."
         )
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
-        raise BaseModelInvalid(f"{folder} holds no weights: a file *.safetensors is needed.")
+        raise BaseModelInvalid(f"{folder} holds no weights: a file *.safetensors (or pytorch_model.bin) is needed.")
     if not any((folder / file).is_file() for file in _TOKENIZERS):
         raise BaseModelInvalid(f"{folder} holds no tokenizer: a file tokenizer.json is needed.")
+
+
+def parameters_of(folder: Path) -> int | None:
+    """How many numbers the folder's safetensors files hold, by their headers; None where there are none. Raises `BaseModelInvalid`."""
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise BaseModelInvalid(f"{file} cannot be read ({error}): copy the model's folder again.") from error
+    return total or None
 
 
 def _refuse_lost_folder(name: str, models_root: Path) -> None:

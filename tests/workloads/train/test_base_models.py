@@ -102,6 +102,7 @@ def test_a_local_folder_is_registered_and_found(models_root: Path, tmp_path: Pat
     assert install.ensure("acme/mine", tmp_path) == folder
     entry = catalogue.list_models(tmp_path)[-1]
     assert (entry.name, entry.how, entry.installed) == ("acme/mine", "local", True)
+    assert entry.parameters == catalogue.BUILT_IN[0].parameters
     install.add_local("acme/mine", folder, tmp_path)
     with pytest.raises(BaseModelInvalid, match="built-in"):
         install.add_local("tiny-llama", folder, tmp_path)
