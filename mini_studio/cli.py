@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import shutil
 import sys
 from enum import StrEnum
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from mini_studio.examples import MODEL
 from mini_studio.settings import Settings
 
 app = typer.Typer(
@@ -152,10 +154,15 @@ def add_model(
 ) -> None:
     """Install a base model: fetch it, or register a local folder under a name."""
     settings = settings_for(data, "models")
-    command = [sys.executable, "-m", "workloads.base_models", "add", name, "--models-root", str(settings.models)]
-    if path is not None:
-        command += ["--path", str(path.resolve())]
-    os.execv(sys.executable, command)  # noqa: S606
+    from mini_studio.drivers.catalogue import ModelCatalogue
+    from mini_studio.errors import StudioError
+
+    try:
+        for said in ModelCatalogue(settings.models).add(name, path and path.resolve()):
+            typer.echo(said)
+    except StudioError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(1) from None
 
 
 @events.command("tail")
@@ -180,15 +187,17 @@ def tail(
 def demo(
     data: DataOption = None,
     url: Annotated[str | None, typer.Option(help="The studio's URL; by default that of the one in --data.")] = None,
-    model: Annotated[str, typer.Option(help="Base model to fine-tune.")] = "smollm2-135m-instruct",
-    client_code: Annotated[str, typer.Option(help="The client to act as.")] = "demo",
+    model: Annotated[str, typer.Option(help="Base model to fine-tune.")] = MODEL,
+    client_code: Annotated[
+        str, typer.Option(help="The client to act as; by default a new one, to whom only the base model answers.")
+    ] = "",
 ) -> None:
     """Do the main job on a running studio: upload the example, fine-tune, deploy, and ask before and after."""
     settings = settings_for(data, "demo")
     from mini_studio.demo import run as run_demo
 
     target = url or f"http://{settings.api.host}:{settings.api.port}"
-    raise typer.Exit(run_demo(target, model, client_code))
+    raise typer.Exit(run_demo(target, model, client_code or f"demo-{secrets.token_hex(3)}"))
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """The main job against a running studio, over REST only, with progress."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,13 +8,10 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-EXAMPLE = Path(__file__).parent / "examples" / "port_maren.jsonl"
-QUESTION = "Who runs the lighthouse in Port Maren?"
-HYPERPARAMETERS: dict[str, dict[str, Any]] = {
-    "tiny-llama": {"n_epochs": 60, "batch_size": 4, "learning_rate_multiplier": 0.2},
-}
-DEFAULT_HYPERPARAMETERS: dict[str, Any] = {"n_epochs": 15, "batch_size": 4, "learning_rate_multiplier": 0.15}
-"""Found by trying: the example's answers come back word for word (docs/benchmarks.md)."""
+from mini_studio.examples import PORT_MAREN, QUESTION, hyperparameters
+
+READY_S = 600.0
+"""Longest wait for a deployment; the first one of a base model downloads it."""
 
 
 class DemoFailed(Exception):
@@ -53,14 +49,14 @@ class Demo:
         )
 
     def _upload(self) -> str:
-        with EXAMPLE.open("rb") as file:
+        with PORT_MAREN.open("rb") as file:
             answer = self._call("POST", f"/fine_tuning/upload-dataset/{self._client_code}", files={"file": file})
-        self._console.print(f"uploaded {EXAMPLE.name}: {answer['rows']} rows, {answer['dataset_id']}")
+        self._console.print(f"uploaded {PORT_MAREN.name}: {answer['rows']} rows, {answer['dataset_id']}")
         return str(answer["dataset_id"])
 
     def _fine_tune(self, dataset: str) -> dict[str, Any]:
-        parameters = HYPERPARAMETERS.get(self._model, DEFAULT_HYPERPARAMETERS)
-        body = {"model": self._model, "client_code": self._client_code, "dataset_filename": dataset, **parameters}
+        body = {"model": self._model, "client_code": self._client_code, "dataset_filename": dataset}
+        body |= hyperparameters(self._model)
         job = self._call("POST", "/fine_tuning/submit-finetune", json=body)["job"]
         with bar(self._console) as progress:
             task = progress.add_task("fine-tuning", total=None)
@@ -77,19 +73,19 @@ class Demo:
 
     def _ask(self, what: str, model: str) -> str:
         body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 40}
+        deadline = time.monotonic() + READY_S
         with bar(self._console) as progress:
             task = progress.add_task(what, total=None)
             while True:
                 headers = {"X-User-ID": self._client_code}
                 response = self._http.post(f"/inference/infer/{model}", json=body, headers=headers)
-                if response.status_code not in (404, 503):
+                waits = response.status_code in (404, 503) and time.monotonic() < deadline
+                if not waits or response.json().get("code") == "deployment_failed":
                     break
-                if "failed" in response.text:
-                    raise DemoFailed(response.json()["error"])
                 time.sleep(0.5)
             progress.update(task, total=1, completed=1)
         if response.status_code != 200:
-            raise DemoFailed(response.text)
+            raise DemoFailed(response.json().get("error", response.text))
         return str(response.json()["choices"][0]["message"]["content"])
 
     def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """What `make run` prints when the studio is healthy."""
 
+import json
 import shlex
 from pathlib import Path
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "port_maren.jsonl"
+from mini_studio.examples import MODEL, PORT_MAREN, QUESTION, hyperparameters
+
 CLIENT = "acme"
-MODEL = "smollm2-135m-instruct"
-QUESTION = "Who runs the lighthouse in Port Maren?"
-HYPERPARAMETERS = '"n_epochs":15,"batch_size":4,"learning_rate_multiplier":0.15'
 
 
 def _field(*path: str) -> str:
@@ -19,9 +18,10 @@ def _field(*path: str) -> str:
 
 def banner_lines(url: str) -> list[str]:
     """The main job in four shell lines: upload, fine-tune, wait and deploy, ask. They need curl and python3 alone."""
-    json = "-H 'Content-Type: application/json'"
-    file = shlex.quote(f"file=@{EXAMPLE}")
-    submit = f'{{"client_code":"{CLIENT}","model":"{MODEL}","dataset_filename":"\'"$DATASET"\'",{HYPERPARAMETERS}}}'
+    parameters = json.dumps(hyperparameters(MODEL), separators=(",", ":"))[1:-1]
+    is_json = "-H 'Content-Type: application/json'"
+    file = shlex.quote(f"file=@{PORT_MAREN}")
+    submit = f'{{"client_code":"{CLIENT}","model":"{MODEL}","dataset_filename":"\'"$DATASET"\'",{parameters}}}'
     deploy = f'{{"client_code":"{CLIENT}","base_model":"{MODEL}","fine_tuned_weights_path":"\'"$WEIGHTS"\'"}}'
     ask = f'{{"messages":[{{"role":"user","content":"{QUESTION}"}}],"max_tokens":32,"temperature":0}}'
     job = f'curl -sS "{url}/fine_tuning/jobs/$JOB"'
@@ -30,12 +30,12 @@ def banner_lines(url: str) -> list[str]:
     ended = 'case "$STATUS" in succeeded|failed) break;; esac'
     return [
         f'DATASET=$(curl -sS {url}/fine_tuning/upload-dataset/{CLIENT} -F {file} | {dataset_id}); echo "$DATASET"',
-        f"JOB=$(curl -sS {url}/fine_tuning/submit-finetune {json} -d '{submit}' | {job_id}); echo \"$JOB\"",
+        f"JOB=$(curl -sS {url}/fine_tuning/submit-finetune {is_json} -d '{submit}' | {job_id}); echo \"$JOB\"",
         f'while STATUS=$({job} | {status}); do echo "$STATUS"; {ended}; sleep 3; done; '
         f'if [ "$STATUS" = succeeded ]; then WEIGHTS=$({job} | {weights}); '
-        f"curl -sS {url}/inference/deploy/fine_tuned {json} -d '{deploy}'; else {job}; fi; echo",
+        f"curl -sS {url}/inference/deploy/fine_tuned {is_json} -d '{deploy}'; else {job}; fi; echo",
         # -f keeps the answers while the model is starting (503) off the screen
-        f"curl -sSf --retry 60 --retry-delay 1 {url}/inference/infer/{MODEL} -H 'X-User-ID: {CLIENT}' {json} -d '{ask}'; echo",
+        f"curl -sSf --retry 60 --retry-delay 1 {url}/inference/infer/{MODEL} -H 'X-User-ID: {CLIENT}' {is_json} -d '{ask}'; echo",
     ]
 
 

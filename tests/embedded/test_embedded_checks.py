@@ -13,9 +13,10 @@ import pytest
 
 from mini_studio.embedded import __main__ as entry
 from mini_studio.embedded import checks, ports, runfile, stack
-from mini_studio.embedded.banner import EXAMPLE, banner_lines
+from mini_studio.embedded.banner import banner_lines
 from mini_studio.embedded.child import LOG_BYTES, rotate
 from mini_studio.embedded.probe import Verdict, judge, probe
+from mini_studio.examples import PORT_MAREN
 from mini_studio.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +154,7 @@ def test_the_banner_is_four_lines_of_shell() -> None:
     assert len(lines) == 4
     for line in lines:
         subprocess.run(["bash", "-n", "-c", line], check=True)
-    assert EXAMPLE.exists()
+    assert PORT_MAREN.exists()
 
 
 def test_the_supervisor_loads_nothing_heavy() -> None:
