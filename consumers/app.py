@@ -74,7 +74,9 @@ async def run_one(consumer: Consumer, studio: Studio, health: Health, stop: asyn
         for task in (starting, *tasks):
             task.cancel()
         await stop_broker(broker)
-        await asyncio.gather(starting, *tasks, return_exceptions=True)
+        for ended in await asyncio.gather(starting, *tasks, return_exceptions=True):
+            if isinstance(ended, Exception) and not isinstance(ended, BrokerReplaced):
+                log.error("consumer.broke", consumer=consumer.name, exc_info=ended)
 
 
 async def stop_broker(broker: KafkaBroker) -> None:
