@@ -1,12 +1,11 @@
 """The files of a training attempt, as the studio writes and reads them; `workloads.specs` draws the folder."""
 
 import contextlib
-import os
-import tempfile
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from mini_studio.files import replace_file
 from mini_studio.ingest import key_of
 from mini_studio.records.training_runs import TrainingRun
 from mini_studio.settings import Settings
@@ -147,15 +146,6 @@ def publish(attempt: Path, run: TrainingRun) -> Manifest:
     temporary.symlink_to(target)
     temporary.replace(job_dir / COMMITTED)
     return found
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
 
 
 def killed(message: str) -> bool:

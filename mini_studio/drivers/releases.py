@@ -9,8 +9,8 @@ from typing import Any
 
 from events.types import CLIENT_CODE_PATTERN, DeploymentKind
 from mini_studio.drivers.ports import ReleaseSpec
-from mini_studio.drivers.servers import replace_file
 from mini_studio.errors import Refused
+from mini_studio.files import replace_file
 
 RELEASE = "release.json"
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")

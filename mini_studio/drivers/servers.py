@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
+from mini_studio.files import replace_file
 from workloads.specs import ServerStatus
 
 MARK = "MINI_STUDIO_SERVER"
@@ -182,15 +182,6 @@ class Server:
                 return False
             time.sleep(0.05)
         return True
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a small file whole or not at all, and through to the disk."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
 
 
 def servers_in(folder: Path) -> list[Server]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from workloads.base_models import catalogue, hub, tiny, wheel
 from workloads.base_models.errors import BaseModelError, BaseModelInvalid, BaseModelUnavailable
+from workloads.files import sync_folder
 
 Report = Callable[[str], None]
 
@@ -71,7 +72,7 @@ def _install(name: str, models_root: Path, report: Report) -> Path:
         _sync(made)
         shutil.rmtree(at, ignore_errors=True)  # never a whole model: `ensure` looked under the lock
         made.rename(at)
-        _sync_folder(at.parent)
+        sync_folder(at.parent)
     except OSError as error:
         raise BaseModelUnavailable(
             f"The base model {name} could not be written to {at}: {error.strerror or error}. "
@@ -185,15 +186,7 @@ def _sync(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             path.chmod(0o644)  # safetensors writes 0600, and model servers may be other users
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)
 
 
 __all__ = ["BaseModelError", "BaseModelInvalid", "BaseModelUnavailable", "add_local", "ensure"]

@@ -144,7 +144,7 @@ class Engine:
             )
         if self._waiting.qsize() >= MAX_WAITING:
             raise Overloaded
-        answer = Answer(len(prompt), asyncio.get_running_loop())
+        answer = Answer(asyncio.get_running_loop())
         generator = None
         if sampling.temperature > 0:
             generator = torch.Generator()
@@ -238,8 +238,7 @@ class Engine:
 class Answer:
     """The pieces of one sequence, as they come."""
 
-    def __init__(self, prompt_tokens: int, loop: asyncio.AbstractEventLoop) -> None:
-        self.prompt_tokens = prompt_tokens
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.sequence: Sequence_ | None = None
         self._loop = loop
         self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from workloads.files import sync_folder
 from workloads.specs import (
     CURRENT_ATTEMPT,
     HEARTBEAT,
@@ -135,7 +136,7 @@ class Attempt:
     def commit(self, *, weights: Path, train_loss: float, steps: int, tokens: int) -> None:
         """Make the weights durable, then write the manifest, last and atomically. Raises when the attempt is fenced."""
         files = [_durable(path, self.folder) for path in sorted(weights.rglob("*")) if path.is_file()]
-        _sync_folder(weights)
+        sync_folder(weights)
         manifest = Manifest(
             job_id=self.spec.job_id,
             attempt=self.spec.attempt,
@@ -152,7 +153,7 @@ class Attempt:
             os.fsync(file.fileno())
         self.check_fence()
         fresh.replace(self.folder / MANIFEST)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
 
 def _durable(path: Path, folder: Path) -> ManifestFile:
@@ -162,11 +163,3 @@ def _durable(path: Path, folder: Path) -> ManifestFile:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ManifestFile(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=digest)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
