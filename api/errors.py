@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mini_studio.errors import Invalid, StudioError
 from schemas.fine_tuning import ErrorResponse
@@ -24,6 +25,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(StudioError, studio_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ClientDisconnect, hung_up)
     app.add_exception_handler(Exception, surprise)
 
 
@@ -87,6 +89,11 @@ async def http_error(request: Request, error: Exception) -> JSONResponse:
     return answer(
         request, error.status_code, codes.get(error.status_code, "http_error"), message, headers=error.headers
     )
+
+
+async def hung_up(request: Request, error: Exception) -> JSONResponse:
+    """For the log: nobody reads the answer."""
+    return answer(request, 400, "bad_request", "the client hung up before the end")
 
 
 GENERIC = ("Not Found", "Method Not Allowed")
