@@ -70,3 +70,32 @@ async def test_a_client_that_hangs_up_within_its_body_is_no_failure(
     await until(done)
     assert "status=400" in logged or '"status": 400' in logged, logged
     assert "Traceback" not in logged
+
+
+async def ask(url: str, *headers: bytes) -> list[bytes]:
+    """The head's lines of the answer."""
+    reader, writer = await connect(url, b"Content-Length: 2", *headers)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    writer.close()
+    return head.lower().split(b"\r\n")
+
+
+async def test_any_bytes_in_a_header_reach_the_model(url: str, model: Upstream) -> None:
+    for value in ("é".encode(), b"\xe9"):
+        assert (await ask(url, b"Accept: " + value))[0] == b"http/1.1 200 ok"
+        assert b"\r\naccept: " + value + b"\r\n" in model.heads.pop()
+
+
+async def test_only_a_caller_that_asks_for_it_gets_a_compressed_answer(url: str, model: Upstream) -> None:
+    await ask(url)
+    assert b"\r\naccept-encoding: identity\r\n" in model.heads.pop()
+    await ask(url, b"Accept-Encoding: br")
+    assert b"\r\naccept-encoding: br\r\n" in model.heads.pop()
+
+
+async def test_every_header_of_the_answer_is_passed_on_but_those_of_the_connection(url: str, model: Upstream) -> None:
+    head = (b"Set-Cookie: a=1", b"Set-Cookie: b=2", b"X-Own: \xe9", b"Connection: keep-alive, X-Hop", b"X-Hop: 1")
+    model.answer = b"\r\n".join([b"HTTP/1.1 200 OK", b"Content-Length: 2", *head, b"", b"{}"])
+    lines = await ask(url)
+    assert {b"set-cookie: a=1", b"set-cookie: b=2", b"x-own: \xe9", b"content-length: 2"} <= set(lines)
+    assert not [line for line in lines if b"hop" in line]
