@@ -99,3 +99,19 @@ async def test_every_header_of_the_answer_is_passed_on_but_those_of_the_connecti
     lines = await ask(url)
     assert {b"set-cookie: a=1", b"set-cookie: b=2", b"x-own: \xe9", b"content-length: 2"} <= set(lines)
     assert not [line for line in lines if b"hop" in line]
+
+
+async def test_a_cookie_of_a_model_is_not_sent_with_the_next_request(url: str, model: Upstream) -> None:
+    model.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nSet-Cookie: session=acme\r\n\r\n{}"
+    await ask(url)
+    await ask(url)
+    assert b"cookie" not in model.heads[1]
+
+
+async def test_a_connection_is_dropped_before_the_model_server_drops_it(url: str, model: Upstream) -> None:
+    await ask(url)
+    await ask(url)
+    assert model.connections == 1
+    await asyncio.sleep(2.5)
+    await ask(url)
+    assert model.connections == 2
