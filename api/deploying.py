@@ -10,7 +10,7 @@ from fastapi import Response
 
 from events.base import Cause
 from events.deployments import DeployRequested
-from events.types import DeploymentKind, DeploymentStatus
+from events.types import DeploymentKind, DeploymentStatus, derived_id
 from mini_studio.errors import Conflict, Invalid, NotFound, Refused
 from mini_studio.records.deployments import Deployment, deployment_id, readable_name, removal
 from mini_studio.records.idempotency import fingerprint
@@ -19,6 +19,7 @@ from mini_studio.records.projection import timestamp
 from mini_studio.records.record import ANYONE
 from mini_studio.wiring import Studio
 from schemas.inference import BaseModelDeployRequest, DeployResponse, DeployScale, FineTunedDeployRequest
+from workloads.specs import COMMITTED
 
 LOOK_EVERY_S = 0.05
 
@@ -46,7 +47,7 @@ def base_event(body: BaseModelDeployRequest) -> DeployRequested:
 async def fine_tuned_event(body: FineTunedDeployRequest, studio: Studio) -> DeployRequested:
     """The request for weights below the client's own folder; the job that made them names the model."""
     kind, path = DeploymentKind.FINE_TUNED, confined(body, studio)
-    job = await job_of(path, body.client_code, studio)
+    job = await job_of(path, studio)
     if job is not None and job.model != body.base_model:
         raise Invalid(f"base_model: these weights were trained from {job.model!r}, not {body.base_model!r}")
     model = job.fine_tuned_model if job else f"ft:{body.base_model}:{body.client_code}:{weights_label(path)}"
@@ -76,15 +77,16 @@ def confined(body: FineTunedDeployRequest, studio: Studio) -> Path:
     return path
 
 
-async def job_of(path: Path, tenant: str, studio: Studio) -> Job | None:
-    found = await studio.jobs.where(limit=1, fine_tuned_weights_path=str(path), client_code=tenant)
-    return found[0] if found else None
+async def job_of(path: Path, studio: Studio) -> Job | None:
+    """The job whose result this is, `<models root>/<client>/<job id>/model`. Its record may not know of its success yet."""
+    tenant, id, *rest = path.relative_to(studio.settings.models).parts
+    return await studio.jobs.get(tenant, id) if rest == [COMMITTED] else None
 
 
 def weights_label(path: Path) -> str:
-    """A model-name part made of the folder's name."""
-    kept = "".join(c if c.isalnum() and c.isascii() else "-" for c in path.name).strip("-")
-    return kept[:60] or "weights"
+    """A model-name part made of the folder's name; folders of one name differ in its end."""
+    kept = "".join(c if c.isalnum() and c.isascii() else "-" for c in path.name)[:60].strip("-")
+    return f"{kept or 'weights'}-{derived_id('', str(path))[-8:]}"
 
 
 async def answer(deployment: Deployment, studio: Studio, response: Response, prefer: str | None) -> DeployResponse:

@@ -1,0 +1,65 @@
+"""Deployments, as far as the API decides them: nobody serves anything here."""
+
+from typing import Any
+
+import httpx
+
+from events.base import Cause
+from events.fine_tuning import DatasetRef, FineTuneRequested, Hyperparameters
+from mini_studio.records.jobs import Job
+from mini_studio.records.projection import requested
+from mini_studio.wiring import Studio
+
+CAUSE = Cause(correlation_id="r")
+JOB = "job_" + "a" * 24
+AT_ONCE = {"Prefer": "respond-async"}
+
+
+async def running_job(studio: Studio) -> Job:
+    """A job as the API wrote it; none of its status events is in its record yet."""
+    event = FineTuneRequested(
+        job_id=JOB,
+        base_model="tiny-llama",
+        fine_tuned_model="ft:tiny-llama:acme:aaaaaaaa",
+        dataset=DatasetRef(id="ds_" + "b" * 24, dfs_path="/d", sha256="0" * 64, rows=3),
+        hyperparameters=Hyperparameters(
+            n_epochs=1, batch_size=1, learning_rate_multiplier=0.1, prompt_loss_weight=0, seed=0, method="full"
+        ),
+    )
+    job = requested(Job, event, subject=JOB, client_code="acme", cause=CAUSE)
+    await studio.jobs.insert(job)
+    return job
+
+
+def weights(studio: Studio, *parts: str) -> str:
+    folder = studio.settings.models.joinpath("acme", *parts)
+    folder.mkdir(parents=True)
+    return str(folder)
+
+
+async def deploy(client: httpx.AsyncClient, path: str, **fields: Any) -> httpx.Response:
+    body = {"client_code": "acme", "base_model": "tiny-llama", "fine_tuned_weights_path": path, **fields}
+    return await client.post("/inference/deploy/fine_tuned", json=body, headers=AT_ONCE)
+
+
+async def test_a_job_names_its_model_before_its_record_says_that_it_succeeded(
+    client: httpx.AsyncClient, studio: Studio
+) -> None:
+    job = await running_job(studio)
+    assert (await deploy(client, weights(studio, JOB, "model"))).json()["model"] == job.fine_tuned_model
+
+
+async def test_folders_of_one_name_have_models_of_two_names(client: httpx.AsyncClient, studio: Studio) -> None:
+    models = [(await deploy(client, weights(studio, parent, "w"))).json()["model"] for parent in "ab"]
+    assert [model.rpartition("-")[0] for model in models] == ["ft:tiny-llama:acme:w"] * 2
+    assert len(set(models)) == 2
+
+
+async def test_deploying_again_corrects_a_models_name(client: httpx.AsyncClient, studio: Studio) -> None:
+    path = weights(studio, JOB, "model")
+    assert (await deploy(client, path)).json()["model"].startswith("ft:tiny-llama:acme:model-")
+    job = await running_job(studio)
+    answered = (await deploy(client, path)).json()
+    assert answered["model"] == job.fine_tuned_model
+    shown = (await client.get(answered["status_url"])).json()["deployment"]
+    assert (shown["model"], shown["generation"]) == (job.fine_tuned_model, 2)
