@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fastapi import Response
+from pydantic import TypeAdapter, ValidationError
 
 from events.base import Cause
 from events.deployments import DeployRequested
-from events.types import DeploymentKind, DeploymentStatus, derived_id
+from events.types import DeploymentKind, DeploymentStatus, ModelName, derived_id
 from mini_studio.errors import Conflict, Invalid, NotFound, Refused
 from mini_studio.records.deployments import Deployment, deployment_id, readable_name, removal
 from mini_studio.records.idempotency import fingerprint
@@ -50,7 +51,7 @@ async def fine_tuned_event(body: FineTunedDeployRequest, studio: Studio) -> Depl
     job = await job_of(path, studio)
     if job is not None and job.model != body.base_model:
         raise Invalid(f"base_model: these weights were trained from {job.model!r}, not {body.base_model!r}")
-    model = job.fine_tuned_model if job else f"ft:{body.base_model}:{body.client_code}:{weights_label(path)}"
+    model = job.fine_tuned_model if job else name_of(path, body)
     return DeployRequested(
         deployment_id=deployment_id(body.client_code, kind, body.base_model, str(path)),
         generation=1,
@@ -72,7 +73,8 @@ def confined(body: FineTunedDeployRequest, studio: Studio) -> Path:
         raise Invalid(f"fine_tuned_weights_path: {hint}")
     path = Path(os.path.normpath(given))
     real = Path(os.path.realpath(path))
-    if own not in path.parents or own not in real.parents or not real.is_dir():
+    # not Path.is_dir, which raises where a name is too long
+    if own not in path.parents or own not in real.parents or not os.path.isdir(real):  # noqa: PTH112
         raise Invalid(f"fine_tuned_weights_path: {hint}; there is none at {given[:300]!r}")
     return path
 
@@ -81,6 +83,15 @@ async def job_of(path: Path, studio: Studio) -> Job | None:
     """The job whose result this is, `<models root>/<client>/<job id>/model`. Its record may not know of its success yet."""
     tenant, id, *rest = path.relative_to(studio.settings.models).parts
     return await studio.jobs.get(tenant, id) if rest == [COMMITTED] else None
+
+
+def name_of(path: Path, body: FineTunedDeployRequest) -> str:
+    """The model's name where no job gave it one."""
+    name = f"ft:{body.base_model}:{body.client_code}:{weights_label(path)}"
+    try:
+        return TypeAdapter(ModelName).validate_python(name)
+    except ValidationError:
+        raise Invalid(f"base_model: too long, or of too many parts, to name the model {name[:300]!r}") from None
 
 
 def weights_label(path: Path) -> str:

@@ -87,7 +87,7 @@ def fields(texts: dict[str, str]) -> dict[str, Any]:
     if "lora" in texts:
         try:
             values["lora"] = json.loads(texts["lora"] or "null")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Invalid("lora: must be a JSON object or null", details=[{"field": "lora"}]) from None
     return {name: value for name, value in values.items() if value != "" or name in ("client_code", "model")}
 

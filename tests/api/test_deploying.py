@@ -3,6 +3,7 @@
 from typing import Any
 
 import httpx
+import pytest
 
 from events.base import Cause
 from events.fine_tuning import DatasetRef, FineTuneRequested, Hyperparameters
@@ -63,3 +64,18 @@ async def test_deploying_again_corrects_a_models_name(client: httpx.AsyncClient,
     assert answered["model"] == job.fine_tuned_model
     shown = (await client.get(answered["status_url"])).json()["deployment"]
     assert (shown["model"], shown["generation"]) == (job.fine_tuned_model, 2)
+
+
+async def test_a_path_with_a_name_too_long_is_invalid(client: httpx.AsyncClient, studio: Studio) -> None:
+    refused = await deploy(client, weights(studio) + "/" + "x" * 300)
+    assert refused.status_code == 422
+    assert refused.json()["error"].startswith("fine_tuned_weights_path: must be a folder")
+
+
+@pytest.mark.parametrize("base_model", ["a/b/c/d", "/".join("x" * 66 for _ in range(3))[:200]])
+async def test_a_base_model_that_makes_no_name_is_invalid(
+    client: httpx.AsyncClient, studio: Studio, base_model: str
+) -> None:
+    refused = await deploy(client, weights(studio, "w"), base_model=base_model)
+    assert refused.status_code == 422
+    assert refused.json()["error"].startswith("base_model: ")

@@ -1,0 +1,29 @@
+"""Uploads and submissions, as far as the API decides them."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from mini_studio.drivers.dfs import DfsStore
+from mini_studio.wiring import Studio
+
+ROW = b'{"prompt": "a", "completion": "b"}\n'
+FILE = {"file": ("rows.jsonl", ROW)}
+
+
+@pytest.fixture(autouse=True)
+def objects(studio: Studio, tmp_path: Path) -> None:
+    """A folder in S3's place; both pass the contract suite of blob stores."""
+    studio.s3 = DfsStore(tmp_path / "s3")  # type: ignore[assignment]
+
+
+async def submit_form(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
+    data = {"model": "tiny-llama", "client_code": "acme", **fields}
+    return await client.post("/fine_tuning/submit-finetune", data=data, files=FILE)
+
+
+async def test_a_field_nested_too_deeply_is_invalid(client: httpx.AsyncClient) -> None:
+    refused = await submit_form(client, lora="[" * 60_000)
+    assert (refused.status_code, refused.json()["details"][0]["field"]) == (422, "lora")
