@@ -102,8 +102,15 @@ def weights_label(path: Path) -> str:
 
 async def answer(deployment: Deployment, studio: Studio, response: Response, prefer: str | None) -> DeployResponse:
     """Wait for the first status of this generation, unless the caller does not want to."""
+    generation = deployment.generation
     if "respond-async" not in (prefer or ""):
         deployment = await first_status(deployment, studio)
+    if deployment.generation != generation or deployment.status in (
+        DeploymentStatus.REMOVING,
+        DeploymentStatus.REMOVED,
+    ):
+        now = f"{deployment.status.value}, generation {deployment.generation}"
+        raise Conflict(f"another request has changed {deployment.name} since; it is {now}")
     if deployment.status is DeploymentStatus.FAILED:
         raise Refused(f"{deployment.name}: {deployment.message}")
     deploying = deployment.status is DeploymentStatus.DEPLOYING
@@ -122,10 +129,12 @@ async def answer(deployment: Deployment, studio: Studio, response: Response, pre
 
 
 async def first_status(deployment: Deployment, studio: Studio) -> Deployment:
-    deadline = time.monotonic() + studio.settings.api.deploy_wait_s
+    deadline, generation = time.monotonic() + studio.settings.api.deploy_wait_s, deployment.generation
     while deployment.status is DeploymentStatus.DEPLOYING and time.monotonic() < deadline:
         await asyncio.sleep(LOOK_EVERY_S)
         deployment = await studio.deployments.get(ANYONE, deployment.id) or deployment
+        if deployment.generation != generation:
+            break
     return deployment
 
 

@@ -1,5 +1,6 @@
 """Deployments, as far as the API decides them: nobody serves anything here."""
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -79,3 +80,33 @@ async def test_a_base_model_that_makes_no_name_is_invalid(
     refused = await deploy(client, weights(studio, "w"), base_model=base_model)
     assert refused.status_code == 422
     assert refused.json()["error"].startswith("base_model: ")
+
+
+BASE = "/inference/deployments/vllm-base-tiny-llama"
+
+
+async def deploy_base(client: httpx.AsyncClient, key: str | None = None, **fields: Any) -> httpx.Response:
+    headers = AT_ONCE | ({"Idempotency-Key": key} if key else {})
+    return await client.post("/inference/deploy/base", json={"model_id": "tiny-llama", **fields}, headers=headers)
+
+
+async def shown(client: httpx.AsyncClient) -> Any:
+    return (await client.get(BASE)).json()["deployment"]
+
+
+async def test_a_deploy_that_is_removed_while_it_waits_is_a_conflict(client: httpx.AsyncClient) -> None:
+    body = {"model_id": "tiny-llama"}
+    waiting = asyncio.create_task(client.post("/inference/deploy/base", json=body))
+    while (await client.delete(BASE)).status_code != 202:
+        await asyncio.sleep(0.02)
+    answered = await waiting
+    assert (answered.status_code, "remov" in answered.json()["error"]) == (409, True)
+
+
+async def test_a_deploy_that_another_one_overtakes_is_a_conflict(client: httpx.AsyncClient) -> None:
+    body = {"model_id": "tiny-llama"}
+    waiting = asyncio.create_task(client.post("/inference/deploy/base", json=body))
+    while (await client.get(BASE)).status_code != 200:
+        await asyncio.sleep(0.02)
+    await deploy_base(client, max_replicas=3)
+    assert (await waiting).status_code == 409
