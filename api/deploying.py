@@ -25,11 +25,18 @@ from workloads.specs import COMMITTED
 LOOK_EVERY_S = 0.05
 
 
-async def claim(studio: Studio, body: DeployScale, tenant: str, key: str | None, cause: Cause) -> None:
-    """Tie an Idempotency-Key to this body."""
+async def request(
+    studio: Studio, body: DeployScale, tenant: str, event: DeployRequested, key: str | None, cause: Cause
+) -> Deployment:
+    """Ask for the deployment, once for an Idempotency-Key: a repeat finds it as it is by now, and changes nothing."""
     if key:
-        value = fingerprint(type(body).__name__, body.model_dump_json())
-        await studio.keys.claim(tenant, "deploy", key, value, cause=cause, at=timestamp(datetime.now(UTC)))
+        present = await studio.deployments.get(ANYONE, event.deployment_id)
+        generation = present.generation if present else 0
+        value, at = fingerprint(type(body).__name__, body.model_dump_json()), timestamp(datetime.now(UTC))
+        claimed = await studio.keys.claim(tenant, "deploy", key, value, cause=cause, at=at, generation=generation + 1)
+        if present and generation >= claimed.generation:
+            return present
+    return await studio.deployments.request(tenant, event, cause)
 
 
 def base_event(body: BaseModelDeployRequest) -> DeployRequested:

@@ -39,9 +39,8 @@ async def deploy_base(
 ) -> DeployResponse:
     """Serve a base model, for one client or (empty `client_code`) for all."""
     check_tenant(user, body.client_code)
-    await deploying.claim(studio, body, body.client_code, key, cause)
     event = deploying.base_event(body)
-    deployment = await studio.deployments.request(body.client_code, event, cause)
+    deployment = await deploying.request(studio, body, body.client_code, event, key, cause)
     return await deploying.answer(deployment, studio, response, prefer)
 
 
@@ -58,8 +57,7 @@ async def deploy_fine_tuned(
     """Serve a client's fine-tuned weights."""
     check_tenant(user, body.client_code)
     event = await deploying.fine_tuned_event(body, studio)
-    await deploying.claim(studio, body, body.client_code, key, cause)
-    deployment = await studio.deployments.request(body.client_code, event, cause)
+    deployment = await deploying.request(studio, body, body.client_code, event, key, cause)
     return await deploying.answer(deployment, studio, response, prefer)
 
 

@@ -94,6 +94,35 @@ async def shown(client: httpx.AsyncClient) -> Any:
     return (await client.get(BASE)).json()["deployment"]
 
 
+async def test_a_late_repeat_of_a_deploy_does_not_undo_a_removal(client: httpx.AsyncClient) -> None:
+    await deploy_base(client, "k")
+    await client.delete(BASE)
+    removed = await shown(client)
+    assert (await deploy_base(client, "k")).status_code == 409
+    assert await shown(client) == removed
+    assert (await deploy_base(client, "another")).status_code == 202
+    assert (await shown(client))["generation"] == 3
+
+
+async def test_a_late_repeat_of_a_deploy_does_not_undo_a_later_scale(client: httpx.AsyncClient) -> None:
+    await deploy_base(client, "k")
+    await deploy_base(client, max_replicas=3)
+    scaled = await shown(client)
+    assert (await deploy_base(client, "k")).status_code == 202
+    assert await shown(client) == scaled
+    assert (await deploy_base(client, "k", max_replicas=4)).json()["code"] == "idempotency_key_reused"
+
+
+async def test_a_deploy_that_was_only_claimed_is_done_by_its_repeat(client: httpx.AsyncClient, studio: Studio) -> None:
+    """As when the process dies between the two writes."""
+    await deploy_base(client, "k")
+    key = (await studio.keys.where())[0]
+    await deploy_base(client, max_replicas=3)
+    await studio.keys.change(key.id, lambda key: key.model_copy(update={"generation": 3}))
+    await deploy_base(client, "k")
+    assert (await shown(client))["scale"]["max_replicas"] == 1
+
+
 async def test_a_deploy_that_is_removed_while_it_waits_is_a_conflict(client: httpx.AsyncClient) -> None:
     body = {"model_id": "tiny-llama"}
     waiting = asyncio.create_task(client.post("/inference/deploy/base", json=body))
