@@ -61,7 +61,8 @@ async def add_dataset(
     except DuplicateRecord:
         await intake.discard()
         return await existing(studio.datasets.get(client_code, id))
-    except BaseException:
+    except Exception:
+        # Not when cancelled: the record may be written all the same. The sweep takes the bytes of one that was not.
         await intake.discard()
         raise
     return record
