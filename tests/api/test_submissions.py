@@ -50,3 +50,9 @@ async def test_bytes_stay_with_a_record_that_is_written_although_its_request_is_
     while (dataset := await studio.datasets.get("acme", intake.id)) is None:
         await asyncio.sleep(0.02)
     assert Path(dataset.dfs_path).read_bytes() == ROW
+
+
+async def test_a_form_is_a_form_in_capitals_too(client: httpx.AsyncClient) -> None:
+    head = {"Content-Type": "Multipart/Form-Data; boundary=X"}
+    refused = await client.post("/fine_tuning/submit-finetune", content=b"--X--\r\n", headers=head)
+    assert refused.json()["error"].startswith("dataset_filename: is missing")
