@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import Response
 from pydantic import TypeAdapter, ValidationError
 
+from api.deps import check_owner
 from events.base import Cause
 from events.deployments import DeployRequested
 from events.types import DeploymentKind, DeploymentStatus, ModelName, derived_id
@@ -155,6 +156,7 @@ async def visible(name: str, tenant: str, studio: Studio) -> Deployment:
 
 async def remove(name: str, tenant: str, studio: Studio, cause: Cause) -> Deployment:
     deployment = await visible(name, tenant, studio)
+    check_owner(tenant or None, deployment.client_code)
     if deployment.status is DeploymentStatus.REMOVED:
         raise Conflict(f"deployment {name!r} is removed already")
     changed = await studio.deployments.change(deployment.id, lambda present: removal(present, cause))

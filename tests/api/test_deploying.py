@@ -139,3 +139,22 @@ async def test_a_deploy_that_another_one_overtakes_is_a_conflict(client: httpx.A
         await asyncio.sleep(0.02)
     await deploy_base(client, max_replicas=3)
     assert (await waiting).status_code == 409
+
+
+async def test_a_client_cannot_change_what_all_share(client: httpx.AsyncClient) -> None:
+    await deploy_base(client)
+    before = await shown(client)
+    acme = {"X-User-ID": "acme"}
+    assert (await client.get(BASE, headers=acme)).status_code == 200
+    scaled = {"model_id": "tiny-llama", "max_replicas": 3}
+    for refused in (
+        await client.delete(BASE, headers=acme),
+        await client.delete(BASE, params={"client_code": "acme"}),
+        await client.post("/inference/deploy/base", json=scaled, headers=acme),
+    ):
+        assert refused.status_code == 404
+        assert "client 'acme' cannot change what all clients share" in refused.json()["error"]
+    assert await shown(client) == before
+    own = await client.post("/inference/deploy/base", json={**scaled, "client_code": "acme"}, headers=acme | AT_ONCE)
+    assert own.status_code == 202
+    assert (await client.delete(f"/inference/deployments/{own.json()['deployment']}", headers=acme)).status_code == 202
