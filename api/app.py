@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib.metadata import version
 
 import httpx
@@ -18,6 +19,8 @@ from mini_studio.settings import Settings
 from mini_studio.wiring import DECIDED_BY, open_studio
 
 MAX_CONNECTIONS = 1000
+KEEP_IDLE_S = 2.0
+"""Well below the 5 s after which uvicorn, our model servers' and vLLM's, closes an idle connection: it must not do so under a request."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -26,10 +29,14 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         timeout = httpx.Timeout(settings.api.upstream_read_s, connect=settings.api.upstream_connect_s, pool=5.0)
-        limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
+        limits = httpx.Limits(
+            max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=KEEP_IDLE_S
+        )
+        # One client serves every tenant: a cookie it kept would go to the next one's model.
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
         async with (
             open_studio(settings, relayed=DECIDED_BY["api"]) as studio,
-            httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False) as upstream,
+            httpx.AsyncClient(timeout=timeout, limits=limits, cookies=no_cookies, trust_env=False) as upstream,
         ):
             app.state.studio, app.state.upstream, app.state.routes = studio, upstream, RouteTable()
             feed = asyncio.create_task(RouteFeed(settings.kafka, app.state.routes, studio.broker_epoch).run())

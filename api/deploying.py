@@ -7,10 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fastapi import Response
+from pydantic import TypeAdapter, ValidationError
 
+from api.deps import check_owner
 from events.base import Cause
 from events.deployments import DeployRequested
-from events.types import DeploymentKind, DeploymentStatus
+from events.types import DeploymentKind, DeploymentStatus, ModelName, derived_id
 from mini_studio.errors import Conflict, Invalid, NotFound, Refused
 from mini_studio.records.deployments import Deployment, deployment_id, readable_name, removal
 from mini_studio.records.idempotency import fingerprint
@@ -19,15 +21,23 @@ from mini_studio.records.projection import timestamp
 from mini_studio.records.record import ANYONE
 from mini_studio.wiring import Studio
 from schemas.inference import BaseModelDeployRequest, DeployResponse, DeployScale, FineTunedDeployRequest
+from workloads.specs import COMMITTED
 
 LOOK_EVERY_S = 0.05
 
 
-async def claim(studio: Studio, body: DeployScale, tenant: str, key: str | None, cause: Cause) -> None:
-    """Tie an Idempotency-Key to this body."""
+async def request(
+    studio: Studio, body: DeployScale, tenant: str, event: DeployRequested, key: str | None, cause: Cause
+) -> Deployment:
+    """Ask for the deployment, once for an Idempotency-Key: a repeat finds it as it is by now, and changes nothing."""
     if key:
-        value = fingerprint(type(body).__name__, body.model_dump_json())
-        await studio.keys.claim(tenant, "deploy", key, value, cause=cause, at=timestamp(datetime.now(UTC)))
+        present = await studio.deployments.get(ANYONE, event.deployment_id)
+        generation = present.generation if present else 0
+        value, at = fingerprint(type(body).__name__, body.model_dump_json()), timestamp(datetime.now(UTC))
+        claimed = await studio.keys.claim(tenant, "deploy", key, value, cause=cause, at=at, generation=generation + 1)
+        if present and generation >= claimed.generation:
+            return present
+    return await studio.deployments.request(tenant, event, cause)
 
 
 def base_event(body: BaseModelDeployRequest) -> DeployRequested:
@@ -46,10 +56,10 @@ def base_event(body: BaseModelDeployRequest) -> DeployRequested:
 async def fine_tuned_event(body: FineTunedDeployRequest, studio: Studio) -> DeployRequested:
     """The request for weights below the client's own folder; the job that made them names the model."""
     kind, path = DeploymentKind.FINE_TUNED, confined(body, studio)
-    job = await job_of(path, body.client_code, studio)
+    job = await job_of(path, studio)
     if job is not None and job.model != body.base_model:
         raise Invalid(f"base_model: these weights were trained from {job.model!r}, not {body.base_model!r}")
-    model = job.fine_tuned_model if job else f"ft:{body.base_model}:{body.client_code}:{weights_label(path)}"
+    model = job.fine_tuned_model if job else name_of(path, body)
     return DeployRequested(
         deployment_id=deployment_id(body.client_code, kind, body.base_model, str(path)),
         generation=1,
@@ -71,26 +81,44 @@ def confined(body: FineTunedDeployRequest, studio: Studio) -> Path:
         raise Invalid(f"fine_tuned_weights_path: {hint}")
     path = Path(os.path.normpath(given))
     real = Path(os.path.realpath(path))
-    if own not in path.parents or own not in real.parents or not real.is_dir():
+    # not Path.is_dir, which raises where a name is too long
+    if own not in path.parents or own not in real.parents or not os.path.isdir(real):  # noqa: PTH112
         raise Invalid(f"fine_tuned_weights_path: {hint}; there is none at {given[:300]!r}")
     return path
 
 
-async def job_of(path: Path, tenant: str, studio: Studio) -> Job | None:
-    found = await studio.jobs.where(limit=1, fine_tuned_weights_path=str(path), client_code=tenant)
-    return found[0] if found else None
+async def job_of(path: Path, studio: Studio) -> Job | None:
+    """The job whose result this is, `<models root>/<client>/<job id>/model`. Its record may not know of its success yet."""
+    tenant, id, *rest = path.relative_to(studio.settings.models).parts
+    return await studio.jobs.get(tenant, id) if rest == [COMMITTED] else None
+
+
+def name_of(path: Path, body: FineTunedDeployRequest) -> str:
+    """The model's name where no job gave it one."""
+    name = f"ft:{body.base_model}:{body.client_code}:{weights_label(path)}"
+    try:
+        return TypeAdapter(ModelName).validate_python(name)
+    except ValidationError:
+        raise Invalid(f"base_model: too long, or of too many parts, to name the model {name[:300]!r}") from None
 
 
 def weights_label(path: Path) -> str:
-    """A model-name part made of the folder's name."""
-    kept = "".join(c if c.isalnum() and c.isascii() else "-" for c in path.name).strip("-")
-    return kept[:60] or "weights"
+    """A model-name part made of the folder's name; folders of one name differ in its end."""
+    kept = "".join(c if c.isalnum() and c.isascii() else "-" for c in path.name)[:60].strip("-")
+    return f"{kept or 'weights'}-{derived_id('', str(path))[-8:]}"
 
 
 async def answer(deployment: Deployment, studio: Studio, response: Response, prefer: str | None) -> DeployResponse:
     """Wait for the first status of this generation, unless the caller does not want to."""
+    generation = deployment.generation
     if "respond-async" not in (prefer or ""):
         deployment = await first_status(deployment, studio)
+    if deployment.generation != generation or deployment.status in (
+        DeploymentStatus.REMOVING,
+        DeploymentStatus.REMOVED,
+    ):
+        now = f"{deployment.status.value}, generation {deployment.generation}"
+        raise Conflict(f"another request has changed {deployment.name} since; it is {now}")
     if deployment.status is DeploymentStatus.FAILED:
         raise Refused(f"{deployment.name}: {deployment.message}")
     deploying = deployment.status is DeploymentStatus.DEPLOYING
@@ -109,10 +137,12 @@ async def answer(deployment: Deployment, studio: Studio, response: Response, pre
 
 
 async def first_status(deployment: Deployment, studio: Studio) -> Deployment:
-    deadline = time.monotonic() + studio.settings.api.deploy_wait_s
+    deadline, generation = time.monotonic() + studio.settings.api.deploy_wait_s, deployment.generation
     while deployment.status is DeploymentStatus.DEPLOYING and time.monotonic() < deadline:
         await asyncio.sleep(LOOK_EVERY_S)
         deployment = await studio.deployments.get(ANYONE, deployment.id) or deployment
+        if deployment.generation != generation:
+            break
     return deployment
 
 
@@ -126,6 +156,7 @@ async def visible(name: str, tenant: str, studio: Studio) -> Deployment:
 
 async def remove(name: str, tenant: str, studio: Studio, cause: Cause) -> Deployment:
     deployment = await visible(name, tenant, studio)
+    check_owner(tenant or None, deployment.client_code)
     if deployment.status is DeploymentStatus.REMOVED:
         raise Conflict(f"deployment {name!r} is removed already")
     changed = await studio.deployments.change(deployment.id, lambda present: removal(present, cause))

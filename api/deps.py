@@ -51,3 +51,13 @@ def check_tenant(user: str | None, client_code: str) -> None:
     """A caller that says who it is cannot act as, or look at, another client. Raises `NotFound`."""
     if user is not None and client_code not in ("", user):
         raise NotFound(f"there is no client {client_code!r} for X-User-ID {user!r}")
+
+
+def check_owner(user: str | None, client_code: str) -> None:
+    """A caller that says who it is changes only what is its own, not what all clients share. Raises `NotFound`."""
+    check_tenant(user, client_code)
+    if user is not None and not client_code:
+        raise NotFound(
+            f"client {user!r} cannot change what all clients share; send this without X-User-ID and client_code, "
+            f"or deploy with client_code {user!r}"
+        )

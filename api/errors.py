@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mini_studio.errors import Invalid, StudioError
 from schemas.fine_tuning import ErrorResponse
@@ -24,7 +25,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(StudioError, studio_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, surprise)
+    app.add_exception_handler(ClientDisconnect, hung_up)
 
 
 def answer(
@@ -55,21 +56,24 @@ async def validation_error(request: Request, error: Exception) -> JSONResponse:
 
 def invalid_from(error: RequestValidationError | ValidationError) -> Invalid:
     """One `Invalid` that names each field."""
-    details = [{"field": field_of(e["loc"]), "message": message_of(e)} for e in error.errors()]
+    details = [{"field": field_of(e), "message": message_of(e)} for e in error.errors()]
     text = "; ".join(f"{d['field']}: {d['message']}" if d["field"] else d["message"] for d in details)
     return Invalid(text[:2000], details=details)
 
 
-def field_of(location: Sequence[int | str]) -> str:
-    parts = [str(part) for part in location]
+def field_of(error: Any) -> str:
+    """The field; `body` if it is wrong as a whole; nothing if the message itself names fields, as our own rules' do."""
+    parts = [str(part) for part in error["loc"]]
     if parts and parts[0] in ("body", "path", "query", "header"):
         parts = parts[1:]
+    if error["type"] == "json_invalid" or (not parts and error["type"] != "value_error"):
+        return "body"
     return ".".join(parts)[:SHOWN_LENGTH]
 
 
 def message_of(error: Any) -> str:
     if error["type"] == "json_invalid":
-        return f"the body is not JSON: {error.get('ctx', {}).get('error', '')}"
+        return f"is not JSON: {error.get('ctx', {}).get('error', '')}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "string_pattern_mismatch":
         return f"{message}; got {str(error['input'])[:80]!r}"
@@ -89,9 +93,15 @@ async def http_error(request: Request, error: Exception) -> JSONResponse:
     )
 
 
+async def hung_up(request: Request, error: Exception) -> JSONResponse:
+    """For the log: nobody reads the answer."""
+    return answer(request, 400, "bad_request", "the client hung up before the end")
+
+
 GENERIC = ("Not Found", "Method Not Allowed")
 
 
 async def surprise(request: Request, error: Exception) -> JSONResponse:
+    """For whatever nobody foresaw. `RequestContext` calls it: Starlette would outside of all middleware, without the request's id."""
     log.error("request.failed", path=request.url.path, exc_info=error)
     return answer(request, 500, "internal", "something went wrong inside the studio; its log has the details")

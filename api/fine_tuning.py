@@ -105,7 +105,7 @@ async def submit_finetune(
 ) -> JobResponse:
     """Queue a fine-tune of a known dataset, or of a file in the same (multipart) request; follow it at its job."""
     try:
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             job = await submissions.submit_form(request, studio, cause, key, user)
         else:
             body = FineTuningJobRequest.model_validate_json(await submissions.json_body(request, studio))

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from api import deploying, proxy
-from api.deps import IdempotencyHeader, Routes, TheCause, TheStudio, UpstreamClient, UserId, check_tenant
+from api.deps import IdempotencyHeader, Routes, TheCause, TheStudio, UpstreamClient, UserId, check_owner, check_tenant
 from events.types import DeploymentId, DeploymentName, Owner
 from schemas.fine_tuning import ErrorResponse
 from schemas.inference import (
@@ -37,11 +37,10 @@ async def deploy_base(
     prefer: Prefer = None,
     user: UserId = None,
 ) -> DeployResponse:
-    """Serve a base model, for one client or (empty `client_code`) for all."""
-    check_tenant(user, body.client_code)
-    await deploying.claim(studio, body, body.client_code, key, cause)
+    """Serve a base model, for one client or (empty `client_code`, and no `X-User-ID`) for all."""
+    check_owner(user, body.client_code)
     event = deploying.base_event(body)
-    deployment = await studio.deployments.request(body.client_code, event, cause)
+    deployment = await deploying.request(studio, body, body.client_code, event, key, cause)
     return await deploying.answer(deployment, studio, response, prefer)
 
 
@@ -58,8 +57,7 @@ async def deploy_fine_tuned(
     """Serve a client's fine-tuned weights."""
     check_tenant(user, body.client_code)
     event = await deploying.fine_tuned_event(body, studio)
-    await deploying.claim(studio, body, body.client_code, key, cause)
-    deployment = await studio.deployments.request(body.client_code, event, cause)
+    deployment = await deploying.request(studio, body, body.client_code, event, key, cause)
     return await deploying.answer(deployment, studio, response, prefer)
 
 
@@ -94,7 +92,7 @@ async def get_deployment(
 async def delete_deployment(
     name: DeploymentName, studio: TheStudio, cause: TheCause, user: UserId = None, client_code: Owner = ""
 ) -> DeploymentResponse:
-    """Stop serving it. Its name and identity stay its own."""
+    """Stop serving it. Its name and identity stay its own. What all clients share is removed without naming one."""
     check_tenant(user, client_code)
     deployment = await deploying.remove(name, user or client_code, studio, cause)
     return DeploymentResponse(deployment=DeploymentView.model_validate(deployment))

@@ -7,8 +7,10 @@ import uuid
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api import errors
 from events.base import Cause
 
 log = structlog.get_logger(__name__)
@@ -29,7 +31,7 @@ def cause_of(headers: Headers) -> Cause:
 
 
 class RequestContext:
-    """ASGI middleware: binds the request id to logs and state, returns it as `X-Request-ID`, limits bodies."""
+    """ASGI middleware: binds the request id to logs and state, returns it as `X-Request-ID`, limits bodies, answers 500."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -53,6 +55,11 @@ class RequestContext:
         structlog.contextvars.bind_contextvars(request_id=cause.correlation_id)
         try:
             await self._app(scope, self._limited(scope, receive), send_with_id)
+        except Exception as error:
+            if status:
+                raise
+            response = await errors.surprise(Request(scope), error)
+            await response(scope, receive, send_with_id)
         finally:
             seconds = round(time.perf_counter() - started, 4)
             level = log.debug if scope["path"] in ("/health", "/metrics") else log.info

@@ -61,7 +61,8 @@ async def add_dataset(
     except DuplicateRecord:
         await intake.discard()
         return await existing(studio.datasets.get(client_code, id))
-    except BaseException:
+    except Exception:
+        # Not when cancelled: the record may be written all the same. The sweep takes the bytes of one that was not.
         await intake.discard()
         raise
     return record
@@ -87,7 +88,7 @@ def fields(texts: dict[str, str]) -> dict[str, Any]:
     if "lora" in texts:
         try:
             values["lora"] = json.loads(texts["lora"] or "null")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Invalid("lora: must be a JSON object or null", details=[{"field": "lora"}]) from None
     return {name: value for name, value in values.items() if value != "" or name in ("client_code", "model")}
 

@@ -83,6 +83,8 @@ def api(data: DataOption = None) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=10,
+        # h11 is the parser that has a limit on headers; httptools answers about a tenth more requests a second, and has none.
+        http="h11",
         h11_max_incomplete_event_size=64 * 1024,
     )
 

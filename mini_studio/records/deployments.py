@@ -69,9 +69,9 @@ class Deployment(Projection):
             return {}
         match event:
             case DeployRequested():
-                desired = {"scale": event.scale, "base_model": event.base_model, "generation": event.generation}
+                desired = event.model_dump(include={"model", "base_model", "generation"})
                 reset = {"status": DeploymentStatus.DEPLOYING, "refused": False, "message": None, "requested_at": at}
-                return {**desired, **reset}
+                return {**desired, "scale": event.scale, **reset}
             case UndeployRequested():
                 status = {"status": DeploymentStatus.REMOVING, "message": None, "generation": event.generation}
                 return {**status, **_SILENT}
@@ -125,7 +125,8 @@ class Deployments(Projections[Deployment]):
 def again(present: Deployment, event: DeployRequested, cause: Cause) -> Deployment | None:
     """The deployment with a new generation, unless it is already as requested and has not failed."""
     over = present.status in (DeploymentStatus.FAILED, DeploymentStatus.REMOVING, DeploymentStatus.REMOVED)
-    if not over and present.scale == event.scale and present.base_model == event.base_model:
+    same = (present.scale, present.model, present.base_model) == (event.scale, event.model, event.base_model)
+    if same and not over:
         return None
     next_one = {"name": present.name, "generation": present.generation + 1}
     return present.asking(event.model_copy(update=next_one), cause)

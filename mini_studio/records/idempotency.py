@@ -3,6 +3,8 @@
 import hashlib
 from typing import ClassVar
 
+from pydantic import Field
+
 from events.base import Cause
 from events.types import derived_id
 from mini_studio.errors import KeyReused
@@ -16,6 +18,7 @@ class IdempotencyKey(Record):
     COLLECTION: ClassVar = Collection("idempotency_keys")
 
     fingerprint: str
+    generation: int = Field(0, description="Of a deployment, the generation that has this request behind it.")
 
 
 def fingerprint(*parts: str) -> str:
@@ -24,12 +27,18 @@ def fingerprint(*parts: str) -> str:
 
 
 class IdempotencyKeys(Repository[IdempotencyKey]):
-    async def claim(self, tenant: str, action: str, key: str, value: str, *, cause: Cause, at: str) -> None:
-        """Tie the key to a request's fingerprint, once. Raises `KeyReused` when it stands for another request."""
+    async def claim(
+        self, tenant: str, action: str, key: str, value: str, *, cause: Cause, at: str, generation: int = 0
+    ) -> IdempotencyKey:
+        """Tie the key to a request's fingerprint, once: as it was tied first. Raises `KeyReused` when it stands for another request."""
         id = derived_id("key", tenant, action, key)
+        claimed = IdempotencyKey(
+            id=id, client_code=tenant, created_at=at, cause=cause, fingerprint=value, generation=generation
+        )
         try:
-            await self.insert(IdempotencyKey(id=id, client_code=tenant, created_at=at, cause=cause, fingerprint=value))
+            await self.insert(claimed)
         except DuplicateRecord:
-            present = await self.get(ANYONE, id)
-            if present is not None and present.fingerprint != value:
-                raise KeyReused from None
+            claimed = await self.get(ANYONE, id) or claimed
+        if claimed.fingerprint != value:
+            raise KeyReused
+        return claimed

@@ -50,7 +50,7 @@ class JobError(BaseModel):
 class Job(Projection):
     """One fine-tuning job."""
 
-    COLLECTION: ClassVar = Collection("jobs", listed_by=("client_code", "fine_tuned_weights_path"))
+    COLLECTION: ClassVar = Collection("jobs", listed_by=("client_code",))
 
     model: str
     fine_tuned_model: str
