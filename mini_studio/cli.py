@@ -71,22 +71,10 @@ def run(
 def api(data: DataOption = None) -> None:
     """The REST API and the inference proxy."""
     settings = service_settings(data, "api")
-    import uvicorn
-
     from api.app import create_app
+    from api.server import serve
 
-    uvicorn.run(
-        create_app(settings),
-        host=settings.api.host,
-        port=settings.api.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=10,
-        # h11 is the parser that has a limit on headers; httptools answers about a tenth more requests a second, and has none.
-        http="h11",
-        h11_max_incomplete_event_size=64 * 1024,
-    )
+    serve(create_app(settings), settings)
 
 
 @app.command()

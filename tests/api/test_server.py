@@ -1,5 +1,6 @@
 """The API as its own process, started as the launcher starts it."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.fakes.broker import free_port, wait_for
@@ -26,9 +28,24 @@ def port(tmp_path: Path) -> Iterator[int]:
         process.wait()
 
 
-def test_endless_headers_are_refused(port: int) -> None:
+@pytest.mark.parametrize("piece", [b"X: %s\r\n" % (b"x" * 65_000), b"x" * 65_000], ids=["many", "one"])
+def test_an_endless_head_is_refused(port: int, piece: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port), 10) as client:
-        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ")
         with pytest.raises(ConnectionError):
-            for n in range(1000):
-                client.sendall(b"X-%d: %s\r\n" % (n, b"x" * 65_000))
+            for _ in range(1000):
+                client.sendall(piece)
+
+
+def test_heads_of_one_connection_are_counted_apart(port: int) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        for _ in range(30):
+            assert client.get("/health", headers={"X": "x" * 10_000}).status_code in (200, 503)
+
+
+def test_what_is_no_http_is_refused_in_our_shape(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(b"no http at all\r\n\r\n")
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["ok"] is False

@@ -1,0 +1,57 @@
+"""The HTTP server under the API: uvicorn with its fast parser, which alone would keep a request's head however long it grows."""
+
+from typing import Any
+
+import orjson
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mini_studio.settings import Settings
+
+MAX_HEAD_BYTES = 64 * 1024
+GRACE_S = 10
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """Ends a request whose head does not end, and says what is wrong with one that is no HTTP in our shape."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._in_head = True
+        self._head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"the request line and headers are longer than {MAX_HEAD_BYTES} bytes")
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        body = orjson.dumps({"ok": False, "error": msg, "code": "bad_request", "details": []})
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+def serve(app: FastAPI, settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; requests that run may finish."""
+    uvicorn.run(
+        app,
+        host=settings.api.host,
+        port=settings.api.port,
+        http=HttpProtocol,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
