@@ -28,7 +28,7 @@ from events.fine_tuning import (
 )
 from events.registry import UndecodableEvent, decode, restore
 from events.types import DeploymentKind, DeploymentStatus
-from mini_studio.bus.routes import RouteTable
+from mini_studio.bus.routes import RouteTable, revision_in
 from mini_studio.records.deployments import Deployment, deployment_id, readable_name, suffixed
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import fold, requested
@@ -201,12 +201,16 @@ def ready(present: Deployment, port: int) -> RouteRecord:
     return RouteRecord.of(present).following(answering)
 
 
+def removed(record: RouteRecord) -> RouteRecord:
+    return record.following(status(deployment(), DeploymentRemoved, 2))
+
+
 def test_routes_prefer_the_callers_own() -> None:
     table = RouteTable()
     shared, own, other = deployment("", weights=None), deployment("acme"), deployment("rival")
     for port, present in enumerate((shared, own, other)):
         record = ready(present, port)
-        table.put(record.id, record.route)
+        table.put(record.id, record.route, record.revision)
     found = {who: table.lookup(who, "tiny-llama") for who in (None, "acme", "rival", "third")}
     assert {who: route and route.endpoints for who, route in found.items()} == {
         None: ["http://h:0"],
@@ -215,7 +219,7 @@ def test_routes_prefer_the_callers_own() -> None:
         "third": ["http://h:0"],
     }
     assert table.lookup("acme", "ft:tiny-llama:rival:w") is None
-    table.put(own.id, None)
+    table.put(own.id, None, 3)
     fallback = table.lookup("acme", "tiny-llama")
     assert fallback is not None and fallback.endpoints == ["http://h:0"]
 
@@ -225,12 +229,31 @@ def test_two_fine_tunes_of_one_base_stay_addressable() -> None:
     first, second = deployment("acme", weights="/one"), deployment("acme", weights="/two")
     for port, present in enumerate((first, second)):
         record = ready(present, port)
-        table.put(record.id, record.route)
+        table.put(record.id, record.route, record.revision)
     for name, endpoint in (("ft:tiny-llama:acme:one", "http://h:0"), ("ft:tiny-llama:acme:two", "http://h:1")):
         route = table.lookup("acme", name)
         assert route is not None and route.endpoints == [endpoint]
     latest = table.lookup("acme", "tiny-llama")
     assert latest is not None and latest.endpoints == ["http://h:1"]
+
+
+def test_a_routes_late_duplicates_change_nothing() -> None:
+    table, record = RouteTable(), ready(deployment(), 1)
+    before = record.route
+    table.put(record.id, before, 4)
+    table.put(record.id, None, 5)
+    table.put(record.id, before, 4)
+    assert table.all() == [], "what was removed stays so"
+    table.put(record.id, before, 6)
+    table.put(record.id, None, 5)
+    assert table.all() == [before], "a late removal does not hit the successor"
+
+
+def test_every_route_record_says_its_revision_and_time() -> None:
+    gone = removed(ready(deployment(), 1))
+    assert [revision_in({"ce_id": e["headers"]["ce_id"].encode()}) for e in gone.outbox] == [1, 2, 3]
+    assert gone.outbox[-1]["value"] is None
+    assert all(entry["headers"]["ce_time"] for entry in gone.outbox)
 
 
 def test_legacy_defaults() -> None:

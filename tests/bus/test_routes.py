@@ -1,0 +1,55 @@
+"""The gateways' routes over a real broker."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from events.topics import ROUTES
+from mini_studio.bus.kafka import Outgoing, Publisher, create_topics
+from mini_studio.bus.relay import Relay, outgoing
+from mini_studio.bus.routes import RouteFeed, RouteTable
+from mini_studio.records.routes import RouteRecord
+from mini_studio.settings import Kafka, Settings
+from mini_studio.wiring import open_studio
+from tests.fakes.broker import running_broker
+from tests.unit.test_records import deployment, ready, removed
+
+
+@contextlib.asynccontextmanager
+async def following(settings: Kafka) -> AsyncIterator[tuple[RouteTable, RouteFeed]]:
+    table = RouteTable()
+    feed = RouteFeed(settings, table, lambda: 0)
+    task = asyncio.create_task(feed.run())
+    try:
+        yield table, feed
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_late_duplicates_of_routes_change_nothing() -> None:
+    record = ready(deployment(), 1)
+    back = removed(record).following(deployment())
+    live, gone, again = [outgoing(entry) for entry in back.outbox[-3:]]
+    with running_broker() as bootstrap:
+        settings = Kafka(bootstrap=bootstrap, fetch_wait_ms=20)
+        await create_topics(settings)
+        async with Publisher(settings) as publisher, following(settings) as (table, _):
+            nonsense = Outgoing(ROUTES, gone.key, None, [("ce_id", b"no revision")])
+            await publisher.publish([gone, live, nonsense])
+            await asyncio.sleep(1)
+            assert table.all() == []
+            await publisher.publish([again, gone])
+            await asyncio.sleep(1)
+            assert [route.revision for route in table.all()] == [back.revision]
+
+
+async def test_the_standalone_relay_leaves_fresh_routes_to_their_process(bootstrap: str, tmp_path: Path) -> None:
+    async with open_studio(Settings(data=tmp_path, kafka=Kafka(bootstrap=bootstrap))) as studio:
+        await create_topics(studio.settings.kafka)
+        await studio.routes.insert(ready(deployment(), 1))
+        sweeper = Relay(studio.store, studio.publisher, [RouteRecord.COLLECTION], min_age_s=0.5)
+        assert await sweeper.sweep() == 0
+        await asyncio.sleep(0.5)
+        assert await sweeper.sweep() == 2
