@@ -118,6 +118,7 @@ def revision_in(headers: dict[str, bytes]) -> int:
 async def _at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
     for partition in partitions:
         highwater = consumer.highwater(partition)
-        if highwater is not None and await consumer.position(partition) < highwater:
+        # None until a first fetch has been answered; 0, not None, when that found an empty partition.
+        if highwater is None or await consumer.position(partition) < highwater:
             return False
     return True

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from events.topics import ROUTES
@@ -14,6 +14,12 @@ from mini_studio.settings import Kafka, Settings
 from mini_studio.wiring import open_studio
 from tests.fakes.broker import running_broker
 from tests.unit.test_records import deployment, ready, removed
+
+
+async def until(condition: Callable[[], bool], seconds: float) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
 
 
 @contextlib.asynccontextmanager
@@ -53,3 +59,25 @@ async def test_the_standalone_relay_leaves_fresh_routes_to_their_process(bootstr
         assert await sweeper.sweep() == 0
         await asyncio.sleep(0.5)
         assert await sweeper.sweep() == 2
+
+
+async def test_the_table_counts_as_loaded_when_the_log_has_been_read_and_not_before() -> None:
+    wait_s = 2.0  # the embedded broker holds a fetch from an empty topic for this long
+    with running_broker() as bootstrap:
+        settings = Kafka(bootstrap=bootstrap, fetch_wait_ms=int(wait_s * 1000))
+        await create_topics(settings)
+        async with following(settings) as (table, _):
+            await asyncio.sleep(wait_s - 0.5)
+            assert not table.loaded, "no fetch has been answered yet"
+            await until(lambda: table.loaded, 5)
+
+
+async def test_a_loaded_table_has_every_route(bootstrap: str) -> None:
+    settings = Kafka(bootstrap=bootstrap)
+    await create_topics(settings)
+    record = ready(deployment("someone"), 1)
+    async with Publisher(settings) as publisher:
+        await publisher.publish([outgoing(entry) for entry in record.outbox])
+    async with following(settings) as (table, _):
+        await until(lambda: table.loaded, 5)
+        assert record.route in table.all()
