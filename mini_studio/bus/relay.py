@@ -60,7 +60,7 @@ class Relay:
         self._woken.set()
 
     async def run(self) -> None:
-        """Relay until cancelled. Outages are waited out."""
+        """Relay until cancelled. Outages are waited out, and so is what nobody expected."""
         retry_s = RETRY_MIN_S
         self._woken.set()
         while True:
@@ -70,10 +70,9 @@ class Relay:
             try:
                 while await self.sweep():
                     pass
-            except Unavailable as error:
-                if self.problem is None:
-                    log.warning("relay.waiting", reason=error.message)
-                self.problem = error.message
+            except Exception as error:
+                # Nobody watches this task: whatever went wrong, it says so and goes on.
+                self._note(error)
                 await asyncio.sleep(retry_s)
                 retry_s = min(retry_s * 2, RETRY_MAX_S)
                 self._woken.set()
@@ -81,6 +80,15 @@ class Relay:
                 if self.problem is not None:
                     log.info("relay.recovered")
                 self.problem, retry_s = None, RETRY_MIN_S
+
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, Unavailable):
+            if self.problem is None:
+                log.warning("relay.waiting", reason=error.message)
+            self.problem = error.message
+        else:
+            log.error("relay.failed", exc_info=error)
+            self.problem = f"failed unexpectedly: {error!r}"
 
     async def sweep(self) -> int:
         """Publish what is pending now; how many events went out. Raises `Unavailable`."""

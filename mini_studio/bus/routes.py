@@ -72,6 +72,8 @@ class RouteFeed:
         self._settings = settings
         self._table = table
         self._epoch = epoch
+        self.problem: str | None = None
+        """Why the log cannot be followed at the moment; None when all is well."""
 
     async def run(self) -> None:
         """Follow the topic until cancelled, from its beginning, and again whenever the broker was replaced."""
@@ -80,6 +82,12 @@ class RouteFeed:
                 await self._follow(self._epoch())
             except (KafkaError, OSError, TimeoutError) as error:
                 log.warning("route_feed.waiting", reason=repr(error))
+                self.problem = f"the routes cannot be followed: {error!r}"
+                await asyncio.sleep(1)
+            except Exception as error:
+                # Nobody watches this task: whatever went wrong, it says so and goes on.
+                log.exception("route_feed.failed")
+                self.problem = f"following the routes failed unexpectedly: {error!r}"
                 await asyncio.sleep(1)
 
     async def _follow(self, epoch: object) -> None:
@@ -98,6 +106,7 @@ class RouteFeed:
                     for record in records:
                         self._apply(record.key, record.value, dict(record.headers))
                 self._table.loaded = self._table.loaded or await _at_end(consumer, partitions)
+                self.problem = None
         finally:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(quietly(consumer.stop()), 5)

@@ -11,7 +11,7 @@ from mini_studio.bus.relay import Relay, outgoing
 from mini_studio.bus.routes import RouteFeed, RouteTable
 from mini_studio.records.routes import RouteRecord
 from mini_studio.settings import Kafka, Settings
-from mini_studio.wiring import open_studio
+from mini_studio.wiring import Studio, open_studio
 from tests.fakes.broker import running_broker
 from tests.unit.test_records import deployment, ready, removed
 
@@ -23,9 +23,11 @@ async def until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 @contextlib.asynccontextmanager
-async def following(settings: Kafka) -> AsyncIterator[tuple[RouteTable, RouteFeed]]:
+async def following(
+    settings: Kafka, epoch: Callable[[], int] = lambda: 0
+) -> AsyncIterator[tuple[RouteTable, RouteFeed]]:
     table = RouteTable()
-    feed = RouteFeed(settings, table, lambda: 0)
+    feed = RouteFeed(settings, table, epoch)
     task = asyncio.create_task(feed.run())
     try:
         yield table, feed
@@ -81,3 +83,30 @@ async def test_a_loaded_table_has_every_route(bootstrap: str) -> None:
     async with following(settings) as (table, _):
         await until(lambda: table.loaded, 5)
         assert record.route in table.all()
+
+
+async def test_the_feed_outlives_what_nobody_expected(bootstrap: str) -> None:
+    settings = Kafka(bootstrap=bootstrap, fetch_wait_ms=20)
+    await create_topics(settings)
+    surprises = [RuntimeError("a bug")]
+
+    def epoch() -> int:
+        if surprises:
+            raise surprises[0]
+        return 0
+
+    async with following(settings, epoch) as (table, feed):
+        await until(lambda: "a bug" in (feed.problem or ""), 5)
+        surprises.clear()
+        await until(lambda: table.loaded and feed.problem is None, 10)
+
+
+async def test_the_relay_outlives_what_nobody_expected(studio: Studio) -> None:
+    broken = {"_id": "broken", "version": 1, "client_code": "acme", "outbox": [{"topic": ROUTES}]}
+    await studio.store.insert(RouteRecord.COLLECTION, broken)
+    studio.relay.wake()
+    await until(lambda: "KeyError" in (studio.relay.problem or ""), 5)
+    await studio.store.replace(RouteRecord.COLLECTION, {**broken, "version": 2, "outbox": []}, 1)
+    await studio.routes.insert(ready(deployment(), 1))
+    await until(lambda: studio.relay.problem is None, 10)
+    assert not await studio.store.pending([RouteRecord.COLLECTION], 10)
