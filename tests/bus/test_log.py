@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from aiokafka import ConsumerRecord
+
 from consumers import jobs
 from events.base import Cause, Envelope
 from events.fine_tuning import DatasetRef, FineTuneRequested, FineTuneStarted, Hyperparameters
 from events.topics import Topic, dead_letter_topic
 from events.types import new_id
 from mini_studio.bus.consumer import Consumer, start_broker
+from mini_studio.bus.delivery import Delivery
 from mini_studio.bus.relay import outgoing
 from mini_studio.errors import Unavailable
 from mini_studio.records.jobs import Job
@@ -121,6 +124,39 @@ async def test_poison_is_dead_lettered_as_it_is_and_the_good_goes_on(studio: Stu
         assert all(added.get(name) == (value or b"") or added.get(name) == value for name, value in headers)
         assert added["dlq_topic"] == Topic.FINE_TUNES.encode()
         assert added["dlq_reason"]
+
+
+async def test_poison_in_a_batch_that_has_to_wait_is_dead_lettered_once(studio: Studio) -> None:
+    bootstrap, mark, tries = studio.settings.kafka.bootstrap, uuid.uuid4().hex.encode(), []
+    job = a_request()
+
+    def fail_first(envelope: Envelope[Any]) -> None:
+        tries.append(envelope.subject)
+        if len(tries) <= 2:
+            raise Unavailable("away")
+
+    consumer, seen = collector(lambda e: fail_first(e) if e.subject == job.id else None)
+    await write(bootstrap, Topic.FINE_TUNES, [(b"poison", [])], key=mark)
+    await studio.publisher.publish([outgoing(entry) for entry in job.outbox])
+    async with running(consumer, studio):
+        await until(lambda: job.id in [e.subject for e in seen])
+    dead = await read_all(bootstrap, dead_letter_topic(Topic.FINE_TUNES, "jobs"))
+    assert [r.value for r in dead if r.key == mark] == [b"poison"]
+
+
+async def test_failures_are_counted_per_record_and_forgotten_with_their_batch(studio: Studio) -> None:
+    delivery = Delivery("jobs", studio.publisher)
+    one, two = (a_record(offset) for offset in (7, 8))
+    counts = [delivery.count_failure(record) for record in (one, two, one, two, one)]
+    assert counts == [1, 1, 2, 2, 3]
+    await delivery.bury(one, "poison")
+    delivery.forget([one, two])
+    assert not delivery.failures
+    assert not delivery.buried
+
+
+def a_record(offset: int) -> ConsumerRecord[Any, Any]:
+    return ConsumerRecord(Topic.FINE_TUNES.value, 0, offset, 0, 0, b"key", b"value", None, 3, 5, ())
 
 
 async def test_job_records_follow_the_log_once(studio: Studio) -> None:
