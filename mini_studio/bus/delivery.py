@@ -131,7 +131,9 @@ class Delivery:
         }
         headers = [*record.headers, *((name, text.encode()) for name, text in origin.items())]
         topic = dead_letter_topic(record.topic, self.consumer)
-        await self.publisher.publish([Outgoing(topic, record.key, record.value, headers)])
+        # Kafka takes null keys and null values, its client not both at once.
+        value = b"" if record.key is None and record.value is None else record.value
+        await self.publisher.publish([Outgoing(topic, record.key, value, headers)])
         DEAD_LETTERS.labels(self.consumer, record.topic).inc()
         log.error("delivery.dead_lettered", topic=topic, reason=reason, offset=record.offset)
 
@@ -139,6 +141,7 @@ class Delivery:
         """Dead-letter the record, or put it off when even that cannot be done."""
         try:
             await self.dead_letter(record, reason)
-        except StudioError as error:
-            await self.put_off(self.count_failure(record), error.message)
+        except Exception as error:
+            # Without the wait of a put-off, the record would come back in a busy loop.
+            await self.put_off(self.count_failure(record), f"cannot be dead-lettered: {error!r}")
         self.buried.add(place(record))

@@ -5,9 +5,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
+import pytest
 from aiokafka import ConsumerRecord
+from faststream.exceptions import NackMessage
 
 from consumers import jobs
 from events.base import Cause, Envelope
@@ -21,7 +24,7 @@ from mini_studio.errors import Unavailable
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import requested
 from mini_studio.wiring import Studio
-from tests.fakes.log import read_all, write
+from tests.fakes.log import read_all, write, write_nulls
 
 CAUSE = Cause(correlation_id="test")
 
@@ -142,6 +145,25 @@ async def test_poison_in_a_batch_that_has_to_wait_is_dead_lettered_once(studio: 
         await until(lambda: job.id in [e.subject for e in seen])
     dead = await read_all(bootstrap, dead_letter_topic(Topic.FINE_TUNES, "jobs"))
     assert [r.value for r in dead if r.key == mark] == [b"poison"]
+
+
+async def test_a_record_of_nulls_is_dead_lettered_and_the_good_goes_on(studio: Studio) -> None:
+    bootstrap, mark = studio.settings.kafka.bootstrap, uuid.uuid4().hex.encode()
+    await write_nulls(bootstrap, Topic.FINE_TUNES, [("mark", mark)])
+    consumer, seen = collector()
+    job = a_request()
+    await studio.jobs.insert(job)
+    async with running(consumer, studio):
+        await until(lambda: job.id in [e.subject for e in seen])
+    dead = await read_all(bootstrap, dead_letter_topic(Topic.FINE_TUNES, "jobs"))
+    assert [(r.key, r.value) for r in dead if ("mark", mark) in r.headers] == [(None, b"")]
+
+
+async def test_what_cannot_be_dead_lettered_is_put_off(studio: Studio) -> None:
+    delivery = Delivery("jobs", studio.publisher)
+    with pytest.raises(NackMessage):
+        await delivery.bury(replace(a_record(7), value="no bytes"), "poison")
+    assert not delivery.buried
 
 
 async def test_failures_are_counted_per_record_and_forgotten_with_their_batch(studio: Studio) -> None:
