@@ -113,7 +113,8 @@ class Delivery:
             self.buried.discard(place(record))
 
     async def put_off(self, failures: int, reason: str) -> NoReturn:
-        delay = min(BACKOFF_MIN_S * 2 ** (failures - 1), BACKOFF_MAX_S) * random.uniform(0.8, 1.2)
+        doublings = min(failures - 1, 10)  # a long outage must not count up to a number that no float holds
+        delay = min(BACKOFF_MIN_S * 2**doublings, BACKOFF_MAX_S) * random.uniform(0.8, 1.2)
         RETRIES.labels(self.consumer).inc()
         log.warning("delivery.put_off", reason=reason, failures=failures, delay_s=round(delay, 2))
         await asyncio.sleep(delay)

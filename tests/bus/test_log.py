@@ -166,6 +166,11 @@ async def test_what_cannot_be_dead_lettered_is_put_off(studio: Studio) -> None:
     assert not delivery.buried
 
 
+async def test_the_longest_outage_still_has_a_backoff(studio: Studio) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(Delivery("jobs", studio.publisher).put_off(5000, "away"), 0.1)
+
+
 async def test_failures_are_counted_per_record_and_forgotten_with_their_batch(studio: Studio) -> None:
     delivery = Delivery("jobs", studio.publisher)
     one, two = (a_record(offset) for offset in (7, 8))
