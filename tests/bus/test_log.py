@@ -3,9 +3,10 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,13 @@ from events.topics import Topic, dead_letter_topic
 from events.types import new_id
 from mini_studio.bus.consumer import Consumer, start_broker
 from mini_studio.bus.delivery import Delivery
-from mini_studio.bus.relay import outgoing
+from mini_studio.bus.kafka import Outgoing, Publisher, create_topics
+from mini_studio.bus.relay import BATCH, Relay, outgoing
 from mini_studio.errors import Unavailable
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import requested
-from mini_studio.wiring import Studio
+from mini_studio.settings import Kafka, Settings
+from mini_studio.wiring import Studio, open_studio
 from tests.fakes.log import read_all, write, write_nulls
 
 CAUSE = Cause(correlation_id="test")
@@ -83,6 +86,32 @@ async def test_a_written_record_reaches_the_journal_and_every_consumer(studio: S
     while await studio.store.pending([Job.COLLECTION], 10):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.02)
+
+
+class SlowBroker(Publisher):
+    """Acknowledges only so many records within the publish timeout."""
+
+    async def publish(self, records: Sequence[Outgoing]) -> None:
+        if len(records) > BATCH:
+            raise Unavailable("timed out")
+        await super().publish(records)
+
+
+async def test_a_long_outbox_leaves_in_order_a_part_at_a_time(bootstrap: str, tmp_path: Path) -> None:
+    many = BATCH * 2 + 5
+    run, short = a_request(), a_request()
+    (entry,) = run.outbox
+    entries = [{**entry, "headers": {**entry["headers"], "ce_id": f"{run.id}-{n}"}} for n in range(many)]
+    settings = Settings(data=tmp_path, kafka=Kafka(bootstrap=bootstrap, partitions=1))
+    await create_topics(settings.kafka)
+    async with open_studio(settings) as studio, SlowBroker(settings.kafka) as publisher:
+        await studio.jobs.insert(run.model_copy(update={"outbox": tuple(entries)}))
+        await studio.jobs.insert(short)
+        relay = Relay(studio.store, publisher, [Job.COLLECTION])
+        assert [await relay.sweep() for _ in range(4)] == [BATCH, BATCH, 6, 0]
+    log = await read_all(bootstrap, Topic.FINE_TUNES)
+    sent = [dict(r.headers)["ce_id"].decode() for r in log if r.key == run.id.encode()]
+    assert sent == [f"{run.id}-{n}" for n in range(many)]
 
 
 async def test_an_outage_is_waited_out_in_order(studio: Studio) -> None:
