@@ -1,6 +1,7 @@
 """Pure rules: projections fold, deciders fence, names never collide."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from events.base import Cause, Envelope, Event
 from events.deployments import (
     DeploymentApplied,
+    DeploymentFailed,
     DeploymentReady,
     DeploymentRemoved,
     DeployRequested,
@@ -180,6 +182,52 @@ def test_a_late_removal_never_hits_the_successor() -> None:
     present = status(present, DeploymentRemoved, 2, generation=2)
     assert present.status is DeploymentStatus.DEPLOYING
     assert present.generation == 3
+
+
+def causal_orders(requests: list[Envelope[Any]], reports: list[Envelope[Any]]) -> Iterator[list[Envelope[Any]]]:
+    """Every order of both sources in which a report stands behind the request that it answers."""
+    if not requests or not reports:
+        yield [*requests, *reports]
+        return
+    for rest in causal_orders(requests[1:], reports):
+        yield [requests[0], *rest]
+    if reports[0].data.generation < requests[0].data.generation:
+        for rest in causal_orders(requests, reports[1:]):
+            yield [reports[0], *rest]
+
+
+def test_a_deployment_is_the_same_in_every_causal_order() -> None:
+    asked = deployment()
+    (first,) = (restore(entry) for entry in asked.outbox)
+    of = {"deployment_id": asked.id, "name": asked.name}
+    here = {"endpoints": ["http://h:1"], "replicas": 1, "predict_path": "/elsewhere", "message": "up"}
+    more = first.data.model_copy(update={"generation": 2, "scale": SCALE.model_copy(update={"max_replicas": 2})})
+    told: list[Event] = [
+        DeploymentApplied(**of, generation=1),
+        DeploymentReady(**of, generation=1, **here),
+        DeploymentFailed(**of, generation=2, refused=True, message="no room"),
+        DeploymentReady(**of, generation=2, **here),
+        DeploymentRemoved(**of, generation=3),
+        DeploymentReady(**of, generation=4, **here),
+    ]
+    later = [more, UndeployRequested(**of, generation=3), more.model_copy(update={"generation": 4})]
+    requests = [first, *(envelope(event, n, asked.id) for n, event in enumerate(later, start=2))]
+    for reported in range(len(told) + 1):
+        reports = [envelope(event, n, asked.id) for n, event in enumerate(told[:reported], start=1)]
+        for known in range(max([r.data.generation for r in reports], default=1), len(requests) + 1):
+            orders = causal_orders(requests[:known], reports)
+            folded = [found.model_dump(exclude={"outbox"}) for order in orders if (found := fold(Deployment, order))]
+            assert all(found == folded[0] for found in folded)
+
+
+def test_a_rescale_does_not_take_the_endpoints_away() -> None:
+    present = status(deployment(), DeploymentReady, 1, endpoints=["http://h:1"], replicas=1)
+    more = DeployRequested(
+        **present.model_dump(include=set(DeployRequested.model_fields) - {"scale", "generation"}),
+        deployment_id=present.id, generation=2, scale=SCALE.model_copy(update={"max_replicas": 2}),
+    )  # fmt: skip
+    present = present.asking(more, CAUSE)
+    assert (present.status, present.endpoints) == (DeploymentStatus.DEPLOYING, ["http://h:1"])
 
 
 def test_readable_names_are_the_contracts() -> None:
