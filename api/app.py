@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from api import errors, fine_tuning, inference
-from api.deps import Routes, TheStudio
+from api.deps import Feed, Routes, TheStudio
 from api.requests import RequestContext
 from mini_studio.bus.routes import RouteFeed, RouteTable
 from mini_studio.settings import Settings
@@ -39,10 +39,11 @@ def create_app(settings: Settings) -> FastAPI:
             httpx.AsyncClient(timeout=timeout, limits=limits, cookies=no_cookies, trust_env=False) as upstream,
         ):
             app.state.studio, app.state.upstream, app.state.routes = studio, upstream, RouteTable()
-            feed = asyncio.create_task(RouteFeed(settings.kafka, app.state.routes, studio.broker_epoch).run())
+            app.state.feed = RouteFeed(settings.kafka, app.state.routes, studio.broker_epoch)
+            feeding = asyncio.create_task(app.state.feed.run())
             yield
-            feed.cancel()
-            await asyncio.gather(feed, return_exceptions=True)
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
 
     app = FastAPI(
         title="Mini Studio",
@@ -65,13 +66,13 @@ async def welcome() -> dict[str, object]:
     return {"ok": True, "message": "Welcome to Mini Studio", "docs": "/docs", "health": "/health"}
 
 
-async def health(studio: TheStudio, routes: Routes) -> JSONResponse:
+async def health(studio: TheStudio, routes: Routes, feed: Feed) -> JSONResponse:
     """`ok`, or `degraded` with the reasons: requests are accepted all the same."""
     problems: dict[str, str] = {}
     if studio.relay.problem:
         problems["broker"] = studio.relay.problem
-    if not routes.loaded:
-        problems["routes"] = "the routes are still being read"
+    if feed.problem or not routes.loaded:
+        problems["routes"] = feed.problem or "the routes are still being read"
     try:
         await studio.store.read_journal(limit=1)
     except Exception as error:

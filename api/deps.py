@@ -7,7 +7,7 @@ from fastapi import Depends, Header, Request
 
 from events.base import Cause
 from events.types import CLIENT_CODE_PATTERN
-from mini_studio.bus.routes import RouteTable
+from mini_studio.bus.routes import RouteFeed, RouteTable
 from mini_studio.errors import NotFound
 from mini_studio.wiring import Studio
 
@@ -20,6 +20,10 @@ def route_table(request: Request) -> RouteTable:
     return cast("RouteTable", request.app.state.routes)
 
 
+def route_feed(request: Request) -> RouteFeed:
+    return cast("RouteFeed", request.app.state.feed)
+
+
 def upstream(request: Request) -> httpx.AsyncClient:
     return cast("httpx.AsyncClient", request.app.state.upstream)
 
@@ -30,6 +34,7 @@ def cause(request: Request) -> Cause:
 
 TheStudio = Annotated[Studio, Depends(studio)]
 Routes = Annotated[RouteTable, Depends(route_table)]
+Feed = Annotated[RouteFeed, Depends(route_feed)]
 UpstreamClient = Annotated[httpx.AsyncClient, Depends(upstream)]
 TheCause = Annotated[Cause, Depends(cause)]
 UserId = Annotated[

@@ -109,6 +109,7 @@ class Consumer:
             if not await self._project(records, studio):
                 for record in records:
                     await delivery.deliver(record, one)
+            delivery.forget(records)
 
         return handle
 

@@ -5,11 +5,12 @@
 - Should even the dead-letter publish fail, the delivery is put off too: nothing is lost.
 
 Records come in batches, and a batch is acknowledged as a whole; what was handled of one that is put off comes again, and is a no-op.
+What was buried of it comes again too, and is passed over.
 """
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -30,6 +31,14 @@ log = structlog.get_logger(__name__)
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 10.0
 MAX_SURPRISES = 5
 """Deliveries of one record that may end in an unexpected exception before it counts as permanent."""
+
+
+Place = tuple[str, int, int]
+
+
+def place(record: "ConsumerRecord[Any, Any]") -> Place:
+    """Topic, partition and offset."""
+    return record.topic, record.partition, record.offset
 
 
 def text_headers(record: "ConsumerRecord[Any, Any]") -> dict[str, str]:
@@ -61,11 +70,15 @@ class Delivery:
     def __init__(self, consumer: str, publisher: Publisher) -> None:
         self.consumer = consumer
         self.publisher = publisher
-        self.failures: dict[tuple[str, int], tuple[int, int]] = {}
-        """Partition -> (offset, failures so far) of the record that is being tried."""
+        self.failures: dict[Place, int] = {}
+        """Failures so far of records that are not acknowledged yet."""
+        self.buried: set[Place] = set()
+        """Records that are dead-lettered and not acknowledged yet."""
 
     async def deliver(self, record: "ConsumerRecord[Any, Any]", handle: Callable[[Any], Awaitable[None]]) -> None:
         """Have one record handled. Raises `NackMessage` when it is put off."""
+        if place(record) in self.buried:
+            return
         headers = text_headers(record)
         with structlog.contextvars.bound_contextvars(
             consumer=self.consumer,
@@ -90,14 +103,18 @@ class Delivery:
                 await self.bury(record, f"failed {failures} times; last: {error!r}")
 
     def count_failure(self, record: "ConsumerRecord[Any, Any]") -> int:
-        place = (record.topic, record.partition)
-        offset, failures = self.failures.get(place, (record.offset, 0))
-        failures = failures + 1 if offset == record.offset else 1
-        self.failures[place] = (record.offset, failures)
+        self.failures[place(record)] = failures = self.failures.get(place(record), 0) + 1
         return failures
 
+    def forget(self, records: "Sequence[ConsumerRecord[Any, Any]]") -> None:
+        """The batch is through: nothing of it is delivered again."""
+        for record in records:
+            self.failures.pop(place(record), None)
+            self.buried.discard(place(record))
+
     async def put_off(self, failures: int, reason: str) -> NoReturn:
-        delay = min(BACKOFF_MIN_S * 2 ** (failures - 1), BACKOFF_MAX_S) * random.uniform(0.8, 1.2)
+        doublings = min(failures - 1, 10)  # a long outage must not count up to a number that no float holds
+        delay = min(BACKOFF_MIN_S * 2**doublings, BACKOFF_MAX_S) * random.uniform(0.8, 1.2)
         RETRIES.labels(self.consumer).inc()
         log.warning("delivery.put_off", reason=reason, failures=failures, delay_s=round(delay, 2))
         await asyncio.sleep(delay)
@@ -115,7 +132,9 @@ class Delivery:
         }
         headers = [*record.headers, *((name, text.encode()) for name, text in origin.items())]
         topic = dead_letter_topic(record.topic, self.consumer)
-        await self.publisher.publish([Outgoing(topic, record.key, record.value, headers)])
+        # Kafka takes null keys and null values, its client not both at once.
+        value = b"" if record.key is None and record.value is None else record.value
+        await self.publisher.publish([Outgoing(topic, record.key, value, headers)])
         DEAD_LETTERS.labels(self.consumer, record.topic).inc()
         log.error("delivery.dead_lettered", topic=topic, reason=reason, offset=record.offset)
 
@@ -123,5 +142,7 @@ class Delivery:
         """Dead-letter the record, or put it off when even that cannot be done."""
         try:
             await self.dead_letter(record, reason)
-        except StudioError as error:
-            await self.put_off(self.count_failure(record), error.message)
+        except Exception as error:
+            # Without the wait of a put-off, the record would come back in a busy loop.
+            await self.put_off(self.count_failure(record), f"cannot be dead-lettered: {error!r}")
+        self.buried.add(place(record))

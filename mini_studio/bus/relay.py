@@ -5,7 +5,7 @@ Two relays on one entry make duplicates, never losses; readers drop those by seq
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from mini_studio.records.store import Collection, Document, RecordStore
 log = structlog.get_logger(__name__)
 
 BATCH = 200
+"""Entries published at once: few enough to be acknowledged within the publish timeout, or none would ever be settled."""
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
 
 
@@ -60,7 +61,7 @@ class Relay:
         self._woken.set()
 
     async def run(self) -> None:
-        """Relay until cancelled. Outages are waited out."""
+        """Relay until cancelled. Outages are waited out, and so is what nobody expected."""
         retry_s = RETRY_MIN_S
         self._woken.set()
         while True:
@@ -70,10 +71,9 @@ class Relay:
             try:
                 while await self.sweep():
                     pass
-            except Unavailable as error:
-                if self.problem is None:
-                    log.warning("relay.waiting", reason=error.message)
-                self.problem = error.message
+            except Exception as error:
+                # Nobody watches this task: whatever went wrong, it says so and goes on.
+                self._note(error)
                 await asyncio.sleep(retry_s)
                 retry_s = min(retry_s * 2, RETRY_MAX_S)
                 self._woken.set()
@@ -82,24 +82,44 @@ class Relay:
                     log.info("relay.recovered")
                 self.problem, retry_s = None, RETRY_MIN_S
 
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, Unavailable):
+            if self.problem is None:
+                log.warning("relay.waiting", reason=error.message)
+            self.problem = error.message
+        else:
+            log.error("relay.failed", exc_info=error)
+            self.problem = f"failed unexpectedly: {error!r}"
+
     async def sweep(self) -> int:
-        """Publish what is pending now; how many events went out. Raises `Unavailable`."""
+        """Publish a batch of what is pending now; how many events went out. Raises `Unavailable`."""
         pending = await self._store.pending(self._collections, BATCH)
         OUTBOX_PENDING.set(len(pending))
-        due = [(collection, document) for collection, document in pending if self._is_due(document)]
+        due = list(self._due(pending))
         if not due:
             return 0
-        entries = [entry for _, document in due for entry in document["outbox"]]
+        entries = [entry for _, _, oldest in due for entry in oldest]
         journalled = [entry for entry in entries if entry["topic"] != ROUTES]
         if journalled:
             await self._store.journal(journalled)
         await self._publisher.publish([outgoing(entry) for entry in entries])
-        for collection, document in due:
-            await self._store.settle(collection, document["_id"], [e["headers"]["ce_id"] for e in document["outbox"]])
+        for collection, id, oldest in due:
+            await self._store.settle(collection, id, [entry["headers"]["ce_id"] for entry in oldest])
         for entry in entries:
             EVENTS_OUT.labels(entry["topic"], entry["headers"].get("ce_type", "route")).inc()
             log.debug("relay.published", event_id=entry["headers"]["ce_id"], type=entry["headers"].get("ce_type"))
         return len(entries)
+
+    def _due(
+        self, pending: list[tuple[Collection, Document]]
+    ) -> Iterator[tuple[Collection, str, list[dict[str, Any]]]]:
+        """The oldest entries of each document that is due, at most `BATCH` together."""
+        room = BATCH
+        for collection, document in pending:
+            if room and self._is_due(document):
+                oldest = document["outbox"][:room]
+                room -= len(oldest)
+                yield collection, document["_id"], oldest
 
     def _is_due(self, document: Document) -> bool:
         time = document["outbox"][0]["headers"].get("ce_time")

@@ -24,18 +24,20 @@ class RouteTable:
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}
         self._named: dict[tuple[str, str], list[Route]] = {}
+        self._revisions: dict[str, int] = {}
+        """Revision last applied per key. Tombstones count: without them a late duplicate would bring a route back."""
         self.loaded = False
         """Whether the feed has read the log to its end once."""
 
-    def put(self, key: str, route: Route | None) -> None:
-        """Set or remove one route; an older revision than the present one changes nothing."""
-        present = self._routes.get(key)
-        if route is not None and present is not None and route.revision < present.revision:
+    def put(self, key: str, route: Route | None, revision: int) -> None:
+        """Set or remove one route; a revision that is not newer than the last one changes nothing."""
+        if revision <= self._revisions.get(key, 0):
             return
+        self._revisions[key] = revision
+        present = self._routes.pop(key, None)
         if present is not None:
             for name in self._names(present):
                 self._named[name].remove(present)
-            del self._routes[key]
         if route is not None:
             self._routes[key] = route
             for name in self._names(route):
@@ -70,6 +72,8 @@ class RouteFeed:
         self._settings = settings
         self._table = table
         self._epoch = epoch
+        self.problem: str | None = None
+        """Why the log cannot be followed at the moment; None when all is well."""
 
     async def run(self) -> None:
         """Follow the topic until cancelled, from its beginning, and again whenever the broker was replaced."""
@@ -78,6 +82,12 @@ class RouteFeed:
                 await self._follow(self._epoch())
             except (KafkaError, OSError, TimeoutError) as error:
                 log.warning("route_feed.waiting", reason=repr(error))
+                self.problem = f"the routes cannot be followed: {error!r}"
+                await asyncio.sleep(1)
+            except Exception as error:
+                # Nobody watches this task: whatever went wrong, it says so and goes on.
+                log.exception("route_feed.failed")
+                self.problem = f"following the routes failed unexpectedly: {error!r}"
                 await asyncio.sleep(1)
 
     async def _follow(self, epoch: object) -> None:
@@ -94,22 +104,30 @@ class RouteFeed:
             while self._epoch() == epoch:
                 for records in (await consumer.getmany(timeout_ms=500)).values():
                     for record in records:
-                        self._apply(record.key, record.value)
+                        self._apply(record.key, record.value, dict(record.headers))
                 self._table.loaded = self._table.loaded or await _at_end(consumer, partitions)
+                self.problem = None
         finally:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(quietly(consumer.stop()), 5)
 
-    def _apply(self, key: bytes, value: bytes | None) -> None:
+    def _apply(self, key: bytes, value: bytes | None, headers: dict[str, bytes]) -> None:
         try:
-            self._table.put(key.decode(), Route.model_validate_json(value) if value else None)
-        except (ValidationError, UnicodeDecodeError, AttributeError) as error:
+            route = Route.model_validate_json(value) if value else None
+            self._table.put(key.decode(), route, revision_in(headers))
+        except (ValidationError, ValueError, AttributeError) as error:
             log.error("route_feed.ignored", key=repr(key), reason=str(error))
+
+
+def revision_in(headers: dict[str, bytes]) -> int:
+    """A tombstone has no value to say its revision: every record's `ce_id`, `<deployment>/<revision>`, does."""
+    return int(headers.get("ce_id", b"").rpartition(b"/")[2])
 
 
 async def _at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
     for partition in partitions:
         highwater = consumer.highwater(partition)
-        if highwater is not None and await consumer.position(partition) < highwater:
+        # None until a first fetch has been answered; 0, not None, when that found an empty partition.
+        if highwater is None or await consumer.position(partition) < highwater:
             return False
     return True

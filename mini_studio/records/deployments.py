@@ -9,11 +9,11 @@ from pydantic import Field
 from events.base import Cause, Envelope, Event
 from events.deployments import (
     DeploymentApplied,
-    DeploymentEvent,
     DeploymentFailed,
     DeploymentReady,
     DeploymentRemoved,
     DeployRequested,
+    ReleaseEvent,
     Scale,
     UndeployRequested,
 )
@@ -43,6 +43,7 @@ class Deployment(Projection):
     weights_path: str | None = None
     scale: Scale
     generation: int
+    removal: int = Field(0, description="Generation of the last removal asked for.")
     requested_at: str
     status: DeploymentStatus = DeploymentStatus.DEPLOYING
     refused: bool = False
@@ -65,27 +66,44 @@ class Deployment(Projection):
         return begun(record, envelope)
 
     def changes(self, event: Event, at: str) -> dict[str, Any]:
-        if not isinstance(event, DeploymentEvent) or event.generation < self.generation:
-            return {}
+        """The API applies its requests before serving's earlier reports arrive, a replay after them: both orders give the same.
+
+        So what serving reported last answers requests, also while a newer generation is only asked for (a rescale does
+        not interrupt), but none from before a removal does; and a report says the status of its own generation alone.
+        """
         match event:
             case DeployRequested():
                 desired = event.model_dump(include={"model", "base_model", "generation"})
                 reset = {"status": DeploymentStatus.DEPLOYING, "refused": False, "message": None, "requested_at": at}
                 return {**desired, "scale": event.scale, **reset}
             case UndeployRequested():
-                status = {"status": DeploymentStatus.REMOVING, "message": None, "generation": event.generation}
-                return {**status, **_SILENT}
-            case DeploymentApplied():
-                return {"status": DeploymentStatus.DEPLOYED, "message": event.message, **_SILENT}
-            case DeploymentReady():
-                answers = {"replicas": event.replicas, "endpoints": event.endpoints, "predict_path": event.predict_path}
-                return {"status": DeploymentStatus.READY, "message": event.message, **answers}
-            case DeploymentFailed():
-                failed = {"status": DeploymentStatus.FAILED, "refused": event.refused, "message": event.message}
-                return {**failed, **_SILENT}
-            case DeploymentRemoved():
-                return {"status": DeploymentStatus.REMOVED, "message": None, **_SILENT}
+                removal = {"generation": event.generation, "removal": event.generation}
+                return {**removal, "status": DeploymentStatus.REMOVING, "refused": False, "message": None, **_SILENT}
+            case ReleaseEvent() if event.generation >= self.removal:
+                said = _status(event) if event.generation >= self.generation else {}
+                return {**_answers(event), **said}
         return {}
+
+
+def _answers(event: ReleaseEvent) -> dict[str, Any]:
+    """Where the model answers, by this report."""
+    if isinstance(event, DeploymentReady):
+        return {"replicas": event.replicas, "endpoints": event.endpoints, "predict_path": event.predict_path}
+    return _SILENT
+
+
+def _status(event: ReleaseEvent) -> dict[str, Any]:
+    """What has become of the generation that this report is of."""
+    match event:
+        case DeploymentApplied():
+            return {"status": DeploymentStatus.DEPLOYED, "message": event.message}
+        case DeploymentReady():
+            return {"status": DeploymentStatus.READY, "message": event.message}
+        case DeploymentFailed():
+            return {"status": DeploymentStatus.FAILED, "refused": event.refused, "message": event.message}
+        case DeploymentRemoved():
+            return {"status": DeploymentStatus.REMOVED, "message": None}
+    return {}
 
 
 class Deployments(Projections[Deployment]):
@@ -153,4 +171,4 @@ def suffixed(name: str, id: str) -> str:
 
 
 MAX_NAME = 63
-_SILENT: dict[str, Any] = {"replicas": 0, "endpoints": []}
+_SILENT: dict[str, Any] = {"replicas": 0, "endpoints": [], "predict_path": "/predict"}

@@ -6,7 +6,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import Field
 
-from events.base import Cause, Envelope, Event
+from events.base import Cause, Envelope, Event, Source
 from events.registry import restore
 from mini_studio.records.record import ANYONE, Record, Repository
 from mini_studio.records.store import DuplicateRecord, RecordStore
@@ -55,7 +55,8 @@ class Projection(Record):
                 **self.changes(envelope.data, at),
                 "applied": applied,
                 "updated_at": max(self.updated_at, at),
-                "cause": envelope.follows(),
+                # A projection's own next events are the API's; other sources' events come in no fixed order with those.
+                "cause": envelope.follows() if envelope.source is Source.API else self.cause,
             }
         )
 

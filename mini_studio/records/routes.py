@@ -1,5 +1,6 @@
 """Routes: what the gateways need to answer a request, one per deployment. Published whole to the compacted topic."""
 
+from datetime import UTC, datetime
 from typing import Any, ClassVar, Self
 
 import orjson
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from events.topics import ROUTES
 from events.types import DeploymentKind, DeploymentStatus
 from mini_studio.records.deployments import Deployment
+from mini_studio.records.projection import timestamp
 from mini_studio.records.record import Record
 from mini_studio.records.store import Collection
 
@@ -68,5 +70,9 @@ class RouteRecord(Record):
     def stored(self) -> dict[str, Any]:
         """What goes to the compacted topic: the whole route, or a tombstone."""
         value = None if self.route is None else orjson.dumps(self.route.model_dump(mode="json")).decode()
-        headers = {"ce_id": f"{self.id}/{self.revision}", "content-type": "application/json"}
+        headers = {
+            "ce_id": f"{self.id}/{self.revision}",
+            "ce_time": timestamp(datetime.now(UTC)),  # the standalone relay leaves what is fresh to this process's own
+            "content-type": "application/json",
+        }
         return {"topic": ROUTES, "key": self.id, "headers": headers, "value": value}

@@ -3,9 +3,15 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import pytest
+from aiokafka import ConsumerRecord
+from faststream.exceptions import NackMessage
 
 from consumers import jobs
 from events.base import Cause, Envelope
@@ -13,12 +19,15 @@ from events.fine_tuning import DatasetRef, FineTuneRequested, FineTuneStarted, H
 from events.topics import Topic, dead_letter_topic
 from events.types import new_id
 from mini_studio.bus.consumer import Consumer, start_broker
-from mini_studio.bus.relay import outgoing
+from mini_studio.bus.delivery import Delivery
+from mini_studio.bus.kafka import Outgoing, Publisher, create_topics
+from mini_studio.bus.relay import BATCH, Relay, outgoing
 from mini_studio.errors import Unavailable
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import requested
-from mini_studio.wiring import Studio
-from tests.fakes.log import read_all, write
+from mini_studio.settings import Kafka, Settings
+from mini_studio.wiring import Studio, open_studio
+from tests.fakes.log import read_all, write, write_nulls
 
 CAUSE = Cause(correlation_id="test")
 
@@ -79,6 +88,32 @@ async def test_a_written_record_reaches_the_journal_and_every_consumer(studio: S
         await asyncio.sleep(0.02)
 
 
+class SlowBroker(Publisher):
+    """Acknowledges only so many records within the publish timeout."""
+
+    async def publish(self, records: Sequence[Outgoing]) -> None:
+        if len(records) > BATCH:
+            raise Unavailable("timed out")
+        await super().publish(records)
+
+
+async def test_a_long_outbox_leaves_in_order_a_part_at_a_time(bootstrap: str, tmp_path: Path) -> None:
+    many = BATCH * 2 + 5
+    run, short = a_request(), a_request()
+    (entry,) = run.outbox
+    entries = [{**entry, "headers": {**entry["headers"], "ce_id": f"{run.id}-{n}"}} for n in range(many)]
+    settings = Settings(data=tmp_path, kafka=Kafka(bootstrap=bootstrap, partitions=1))
+    await create_topics(settings.kafka)
+    async with open_studio(settings) as studio, SlowBroker(settings.kafka) as publisher:
+        await studio.jobs.insert(run.model_copy(update={"outbox": tuple(entries)}))
+        await studio.jobs.insert(short)
+        relay = Relay(studio.store, publisher, [Job.COLLECTION])
+        assert [await relay.sweep() for _ in range(4)] == [BATCH, BATCH, 6, 0]
+    log = await read_all(bootstrap, Topic.FINE_TUNES)
+    sent = [dict(r.headers)["ce_id"].decode() for r in log if r.key == run.id.encode()]
+    assert sent == [f"{run.id}-{n}" for n in range(many)]
+
+
 async def test_an_outage_is_waited_out_in_order(studio: Studio) -> None:
     failures = 3
     tries: list[str] = []
@@ -121,6 +156,63 @@ async def test_poison_is_dead_lettered_as_it_is_and_the_good_goes_on(studio: Stu
         assert all(added.get(name) == (value or b"") or added.get(name) == value for name, value in headers)
         assert added["dlq_topic"] == Topic.FINE_TUNES.encode()
         assert added["dlq_reason"]
+
+
+async def test_poison_in_a_batch_that_has_to_wait_is_dead_lettered_once(studio: Studio) -> None:
+    bootstrap, mark, tries = studio.settings.kafka.bootstrap, uuid.uuid4().hex.encode(), []
+    job = a_request()
+
+    def fail_first(envelope: Envelope[Any]) -> None:
+        tries.append(envelope.subject)
+        if len(tries) <= 2:
+            raise Unavailable("away")
+
+    consumer, seen = collector(lambda e: fail_first(e) if e.subject == job.id else None)
+    await write(bootstrap, Topic.FINE_TUNES, [(b"poison", [])], key=mark)
+    await studio.publisher.publish([outgoing(entry) for entry in job.outbox])
+    async with running(consumer, studio):
+        await until(lambda: job.id in [e.subject for e in seen])
+    dead = await read_all(bootstrap, dead_letter_topic(Topic.FINE_TUNES, "jobs"))
+    assert [r.value for r in dead if r.key == mark] == [b"poison"]
+
+
+async def test_a_record_of_nulls_is_dead_lettered_and_the_good_goes_on(studio: Studio) -> None:
+    bootstrap, mark = studio.settings.kafka.bootstrap, uuid.uuid4().hex.encode()
+    await write_nulls(bootstrap, Topic.FINE_TUNES, [("mark", mark)])
+    consumer, seen = collector()
+    job = a_request()
+    await studio.jobs.insert(job)
+    async with running(consumer, studio):
+        await until(lambda: job.id in [e.subject for e in seen])
+    dead = await read_all(bootstrap, dead_letter_topic(Topic.FINE_TUNES, "jobs"))
+    assert [(r.key, r.value) for r in dead if ("mark", mark) in r.headers] == [(None, b"")]
+
+
+async def test_what_cannot_be_dead_lettered_is_put_off(studio: Studio) -> None:
+    delivery = Delivery("jobs", studio.publisher)
+    with pytest.raises(NackMessage):
+        await delivery.bury(replace(a_record(7), value="no bytes"), "poison")
+    assert not delivery.buried
+
+
+async def test_the_longest_outage_still_has_a_backoff(studio: Studio) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(Delivery("jobs", studio.publisher).put_off(5000, "away"), 0.1)
+
+
+async def test_failures_are_counted_per_record_and_forgotten_with_their_batch(studio: Studio) -> None:
+    delivery = Delivery("jobs", studio.publisher)
+    one, two = (a_record(offset) for offset in (7, 8))
+    counts = [delivery.count_failure(record) for record in (one, two, one, two, one)]
+    assert counts == [1, 1, 2, 2, 3]
+    await delivery.bury(one, "poison")
+    delivery.forget([one, two])
+    assert not delivery.failures
+    assert not delivery.buried
+
+
+def a_record(offset: int) -> ConsumerRecord[Any, Any]:
+    return ConsumerRecord(Topic.FINE_TUNES.value, 0, offset, 0, 0, b"key", b"value", None, 3, 5, ())
 
 
 async def test_job_records_follow_the_log_once(studio: Studio) -> None:

@@ -29,3 +29,14 @@ async def write(
     for value, headers in values:
         await producer.send_and_wait(topic, key=key, value=value, headers=headers, partition=partition)
     await producer.stop()
+
+
+async def write_nulls(bootstrap: str, topic: str, headers: Headers) -> None:
+    """Put a record without key and value on the log: other clients may, this one does so only in a batch of its own."""
+    producer = AIOKafkaProducer(bootstrap_servers=bootstrap)
+    await producer.start()
+    batch = producer.create_batch()
+    batch.append(key=None, value=None, timestamp=None, headers=headers)
+    batch.close()
+    await (await producer.send_batch(batch, topic, partition=0))
+    await producer.stop()

@@ -1,6 +1,7 @@
 """Pure rules: projections fold, deciders fence, names never collide."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from events.base import Cause, Envelope, Event
 from events.deployments import (
     DeploymentApplied,
+    DeploymentFailed,
     DeploymentReady,
     DeploymentRemoved,
     DeployRequested,
@@ -28,7 +30,7 @@ from events.fine_tuning import (
 )
 from events.registry import UndecodableEvent, decode, restore
 from events.types import DeploymentKind, DeploymentStatus
-from mini_studio.bus.routes import RouteTable
+from mini_studio.bus.routes import RouteTable, revision_in
 from mini_studio.records.deployments import Deployment, deployment_id, readable_name, suffixed
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import fold, requested
@@ -182,6 +184,52 @@ def test_a_late_removal_never_hits_the_successor() -> None:
     assert present.generation == 3
 
 
+def causal_orders(requests: list[Envelope[Any]], reports: list[Envelope[Any]]) -> Iterator[list[Envelope[Any]]]:
+    """Every order of both sources in which a report stands behind the request that it answers."""
+    if not requests or not reports:
+        yield [*requests, *reports]
+        return
+    for rest in causal_orders(requests[1:], reports):
+        yield [requests[0], *rest]
+    if reports[0].data.generation < requests[0].data.generation:
+        for rest in causal_orders(requests, reports[1:]):
+            yield [reports[0], *rest]
+
+
+def test_a_deployment_is_the_same_in_every_causal_order() -> None:
+    asked = deployment()
+    (first,) = (restore(entry) for entry in asked.outbox)
+    of = {"deployment_id": asked.id, "name": asked.name}
+    here = {"endpoints": ["http://h:1"], "replicas": 1, "predict_path": "/elsewhere", "message": "up"}
+    more = first.data.model_copy(update={"generation": 2, "scale": SCALE.model_copy(update={"max_replicas": 2})})
+    told: list[Event] = [
+        DeploymentApplied(**of, generation=1),
+        DeploymentReady(**of, generation=1, **here),
+        DeploymentFailed(**of, generation=2, refused=True, message="no room"),
+        DeploymentReady(**of, generation=2, **here),
+        DeploymentRemoved(**of, generation=3),
+        DeploymentReady(**of, generation=4, **here),
+    ]
+    later = [more, UndeployRequested(**of, generation=3), more.model_copy(update={"generation": 4})]
+    requests = [first, *(envelope(event, n, asked.id) for n, event in enumerate(later, start=2))]
+    for reported in range(len(told) + 1):
+        reports = [envelope(event, n, asked.id) for n, event in enumerate(told[:reported], start=1)]
+        for known in range(max([r.data.generation for r in reports], default=1), len(requests) + 1):
+            orders = causal_orders(requests[:known], reports)
+            folded = [found.model_dump(exclude={"outbox"}) for order in orders if (found := fold(Deployment, order))]
+            assert all(found == folded[0] for found in folded)
+
+
+def test_a_rescale_does_not_take_the_endpoints_away() -> None:
+    present = status(deployment(), DeploymentReady, 1, endpoints=["http://h:1"], replicas=1)
+    more = DeployRequested(
+        **present.model_dump(include=set(DeployRequested.model_fields) - {"scale", "generation"}),
+        deployment_id=present.id, generation=2, scale=SCALE.model_copy(update={"max_replicas": 2}),
+    )  # fmt: skip
+    present = present.asking(more, CAUSE)
+    assert (present.status, present.endpoints) == (DeploymentStatus.DEPLOYING, ["http://h:1"])
+
+
 def test_readable_names_are_the_contracts() -> None:
     assert readable_name(DeploymentKind.BASE, "", "facebook/opt-125m") == "vllm-base-facebook-opt-125m"
     assert readable_name(DeploymentKind.FINE_TUNED, "acme", "gpt-neo") == "vllm-ft-acme-gpt-neo"
@@ -201,12 +249,16 @@ def ready(present: Deployment, port: int) -> RouteRecord:
     return RouteRecord.of(present).following(answering)
 
 
+def removed(record: RouteRecord) -> RouteRecord:
+    return record.following(status(deployment(), DeploymentRemoved, 2))
+
+
 def test_routes_prefer_the_callers_own() -> None:
     table = RouteTable()
     shared, own, other = deployment("", weights=None), deployment("acme"), deployment("rival")
     for port, present in enumerate((shared, own, other)):
         record = ready(present, port)
-        table.put(record.id, record.route)
+        table.put(record.id, record.route, record.revision)
     found = {who: table.lookup(who, "tiny-llama") for who in (None, "acme", "rival", "third")}
     assert {who: route and route.endpoints for who, route in found.items()} == {
         None: ["http://h:0"],
@@ -215,7 +267,7 @@ def test_routes_prefer_the_callers_own() -> None:
         "third": ["http://h:0"],
     }
     assert table.lookup("acme", "ft:tiny-llama:rival:w") is None
-    table.put(own.id, None)
+    table.put(own.id, None, 3)
     fallback = table.lookup("acme", "tiny-llama")
     assert fallback is not None and fallback.endpoints == ["http://h:0"]
 
@@ -225,12 +277,31 @@ def test_two_fine_tunes_of_one_base_stay_addressable() -> None:
     first, second = deployment("acme", weights="/one"), deployment("acme", weights="/two")
     for port, present in enumerate((first, second)):
         record = ready(present, port)
-        table.put(record.id, record.route)
+        table.put(record.id, record.route, record.revision)
     for name, endpoint in (("ft:tiny-llama:acme:one", "http://h:0"), ("ft:tiny-llama:acme:two", "http://h:1")):
         route = table.lookup("acme", name)
         assert route is not None and route.endpoints == [endpoint]
     latest = table.lookup("acme", "tiny-llama")
     assert latest is not None and latest.endpoints == ["http://h:1"]
+
+
+def test_a_routes_late_duplicates_change_nothing() -> None:
+    table, record = RouteTable(), ready(deployment(), 1)
+    before = record.route
+    table.put(record.id, before, 4)
+    table.put(record.id, None, 5)
+    table.put(record.id, before, 4)
+    assert table.all() == [], "what was removed stays so"
+    table.put(record.id, before, 6)
+    table.put(record.id, None, 5)
+    assert table.all() == [before], "a late removal does not hit the successor"
+
+
+def test_every_route_record_says_its_revision_and_time() -> None:
+    gone = removed(ready(deployment(), 1))
+    assert [revision_in({"ce_id": e["headers"]["ce_id"].encode()}) for e in gone.outbox] == [1, 2, 3]
+    assert gone.outbox[-1]["value"] is None
+    assert all(entry["headers"]["ce_time"] for entry in gone.outbox)
 
 
 def test_legacy_defaults() -> None:
