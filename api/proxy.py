@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from events.types import DeploymentStatus
 from mini_studio.bus.routes import RouteTable
-from mini_studio.errors import NotFound, NotReady, Upstream, UpstreamTimeout
+from mini_studio.errors import DeploymentFailed, NotFound, NotReady, Upstream, UpstreamTimeout
 from mini_studio.records.routes import Route
 
 PASSED_UP = frozenset((b"content-type", b"accept", b"accept-encoding", b"traceparent", b"content-length"))
@@ -42,7 +42,7 @@ def route_for(routes: RouteTable, user: str | None, model: str) -> Route:
         who = f"client {user!r}" if user else "callers without X-User-ID"
         raise NotFound(f"no model {model[:200]!r} is deployed for {who}; see GET /inference/deployments")
     if route.status is DeploymentStatus.FAILED:
-        raise NotReady(f"deployment {route.name} failed: {route.message}")
+        raise DeploymentFailed(f"deployment {route.name} failed: {route.message}")
     if not route.endpoints:
         raise NotReady(f"deployment {route.name} is not ready yet; try again shortly")
     return route

@@ -11,6 +11,7 @@
     |-- Upstream                  502  a model server broke
     |-- Unavailable               503  a part is away for now; retryable
     |   `-- NotReady              503  the model is starting
+    |       `-- DeploymentFailed  503  the model could not be started
     `-- UpstreamTimeout           504  a model server did not answer in time
 
 Each class has `status` (HTTP), `code` (machine-readable) and `retryable` (whether the same call may succeed later:
@@ -95,6 +96,12 @@ class NotReady(Unavailable):
     """The model is not ready yet; try again shortly."""
 
     code = "not_ready"
+
+
+class DeploymentFailed(NotReady):
+    """The deployment failed; deploy again when its cause is gone."""
+
+    code = "deployment_failed"
 
 
 class UpstreamTimeout(StudioError):

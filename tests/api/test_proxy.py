@@ -22,7 +22,7 @@ async def model(app: FastAPI, url: str) -> AsyncIterator[Upstream]:
             deployment_id="dep_1", name="m", client_code="", kind=DeploymentKind.BASE, model="m", base_model="m",
             status=DeploymentStatus.READY, endpoints=[model.url], requested_at="", revision=1,
         )  # fmt: skip
-        app.state.routes.put("dep_1", route)
+        app.state.routes.put("dep_1", route, 1)
         yield model
 
 
