@@ -62,7 +62,8 @@ class RouteRecord(Record):
             route = Route(deployment_id=deployment.id, revision=self.revision, **fields)
         if self.revision and route == self.route:
             return self
-        revision = self.revision + 1
+        # a route that was dropped and is built anew from the log must not start below what gateways have seen
+        revision = max(self.revision + 1, sum(deployment.applied.values()))
         route = route and route.model_copy(update={"revision": revision})
         changed = self.model_copy(update={"route": route, "revision": revision, "cause": deployment.cause})
         return changed.model_copy(update={"outbox": (*self.outbox, changed.stored())})

@@ -297,6 +297,14 @@ def test_a_routes_late_duplicates_change_nothing() -> None:
     assert table.all() == [before], "a late removal does not hit the successor"
 
 
+def test_a_route_built_anew_is_not_older_than_what_gateways_have_seen() -> None:
+    answering = status(deployment(), DeploymentReady, 1, endpoints=["http://h:1"], replicas=1)
+    grown = RouteRecord.of(deployment()).following(answering)
+    anew = RouteRecord.of(answering)
+    assert anew.route == grown.route
+    assert anew.revision == grown.revision == 2
+
+
 def test_every_route_record_says_its_revision_and_time() -> None:
     gone = removed(ready(deployment(), 1))
     assert [revision_in({"ce_id": e["headers"]["ce_id"].encode()}) for e in gone.outbox] == [1, 2, 3]
