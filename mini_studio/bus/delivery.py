@@ -71,7 +71,9 @@ class Delivery:
         self.consumer = consumer
         self.publisher = publisher
         self.failures: dict[Place, int] = {}
-        """Failures so far of records that are not acknowledged yet."""
+        """Failures so far of records that are not acknowledged yet, outages included."""
+        self.surprises: dict[Place, int] = {}
+        """Those of them that nobody expected: an outage before must not use up what they are allowed."""
         self.buried: set[Place] = set()
         """Records that are dead-lettered and not acknowledged yet."""
 
@@ -97,10 +99,10 @@ class Delivery:
                 await self.bury(record, error.message)
             except Exception as error:
                 log.exception("delivery.failed")
-                failures = self.count_failure(record)
-                if failures < MAX_SURPRISES:
-                    await self.put_off(failures, repr(error))
-                await self.bury(record, f"failed {failures} times; last: {error!r}")
+                self.surprises[place(record)] = surprises = self.surprises.get(place(record), 0) + 1
+                if surprises < MAX_SURPRISES:
+                    await self.put_off(self.count_failure(record), repr(error))
+                await self.bury(record, f"failed {surprises} times; last: {error!r}")
 
     def count_failure(self, record: "ConsumerRecord[Any, Any]") -> int:
         self.failures[place(record)] = failures = self.failures.get(place(record), 0) + 1
@@ -110,6 +112,7 @@ class Delivery:
         """The batch is through: nothing of it is delivered again."""
         for record in records:
             self.failures.pop(place(record), None)
+            self.surprises.pop(place(record), None)
             self.buried.discard(place(record))
 
     async def put_off(self, failures: int, reason: str) -> NoReturn:

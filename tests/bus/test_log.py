@@ -19,7 +19,7 @@ from events.fine_tuning import DatasetRef, FineTuneRequested, FineTuneStarted, H
 from events.topics import Topic, dead_letter_topic
 from events.types import new_id
 from mini_studio.bus.consumer import Consumer, start_broker
-from mini_studio.bus.delivery import Delivery
+from mini_studio.bus.delivery import MAX_SURPRISES, Delivery
 from mini_studio.bus.kafka import Outgoing, Publisher, create_topics
 from mini_studio.bus.relay import BATCH, Relay, outgoing
 from mini_studio.errors import Unavailable
@@ -198,6 +198,24 @@ async def test_what_cannot_be_dead_lettered_is_put_off(studio: Studio) -> None:
 async def test_the_longest_outage_still_has_a_backoff(studio: Studio) -> None:
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(Delivery("jobs", studio.publisher).put_off(5000, "away"), 0.1)
+
+
+async def test_an_outage_does_not_use_up_the_surprises(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mini_studio.bus.delivery.BACKOFF_MAX_S", 0.0)
+    delivery, record = Delivery("jobs", studio.publisher), a_record(9)
+
+    async def fails_with(error: Exception) -> None:
+        async def handle(record: Any) -> None:
+            raise error
+
+        with pytest.raises(NackMessage):
+            await delivery.deliver(record, handle)
+
+    for _ in range(MAX_SURPRISES + 1):
+        await fails_with(Unavailable("away"))
+    for _ in range(MAX_SURPRISES - 1):
+        await fails_with(RuntimeError("nobody expected it"))
+    assert not delivery.buried
 
 
 async def test_failures_are_counted_per_record_and_forgotten_with_their_batch(studio: Studio) -> None:
