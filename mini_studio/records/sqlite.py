@@ -3,6 +3,7 @@
 import asyncio
 import re
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,8 +106,8 @@ class SqliteStore:
     def _connect(self) -> sqlite3.Connection:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self._file, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False)
-        # FULL: an acknowledged write is on the disk, as `j: true` is elsewhere.
-        db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+        self._into_wal(db)
+        db.execute("PRAGMA synchronous = FULL")  # an acknowledged write is on the disk, as `j: true` is elsewhere
         schema = _schema(self._collections)
         made_by = zlib.crc32("".join(schema).encode()) >> 1
         if db.execute("PRAGMA user_version").fetchone()[0] != made_by:
@@ -116,6 +117,18 @@ class SqliteStore:
             db.execute(f"PRAGMA user_version = {made_by}")
             db.execute("COMMIT")
         return db
+
+    def _into_wal(self, db: sqlite3.Connection) -> None:
+        """The first to open a new file changes its journal mode; SQLite refuses a second one meanwhile without the busy timeout."""
+        deadline = time.monotonic() + self._busy_timeout_s
+        while True:
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         def run() -> T:
@@ -145,9 +158,8 @@ class SqliteStore:
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, run)
         except sqlite3.OperationalError as error:
-            raise Unavailable(
-                f"the record store cannot answer: {error}; check its disk's free space and rights"
-            ) from error
+            hint = "" if "locked" in str(error) else "; check its disk's free space and rights"
+            raise Unavailable(f"the record store cannot answer: {error}{hint}") from error
 
 
 def _schema(collections: Sequence[Collection]) -> list[str]:

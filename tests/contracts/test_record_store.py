@@ -111,3 +111,11 @@ async def test_a_locked_store_is_unavailable_soon(store: RecordStore, tmp_path: 
     lock.execute("ROLLBACK")
     lock.close()
     await store.insert(THINGS, thing("b"))
+
+
+async def test_a_new_store_may_be_opened_by_many_at_once(tmp_path: Path) -> None:
+    for attempt in range(40):
+        stores = [SqliteStore(tmp_path / f"{attempt}.sqlite", [THINGS]) for _ in range(8)]
+        await asyncio.gather(*(work for s in stores for work in (s.get(THINGS, "a"), s.settle(THINGS, "a", []))))
+        for store in stores:
+            await store.aclose()
