@@ -72,7 +72,7 @@ class Demo:
         return dict(job)
 
     def _ask(self, what: str, model: str) -> str:
-        body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 40}
+        body = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 64}
         deadline = time.monotonic() + READY_S
         with bar(self._console) as progress:
             task = progress.add_task(what, total=None)
