@@ -148,8 +148,8 @@ async def first_status(deployment: Deployment, studio: Studio) -> Deployment:
 
 async def visible(name: str, tenant: str, studio: Studio) -> Deployment:
     """The deployment if it is shared or the tenant's own."""
-    deployment = await studio.deployments.named(name)
-    if deployment is None or deployment.client_code not in ("", tenant):
+    deployment = await studio.deployments.named(tenant, name)
+    if deployment is None:
         raise NotFound(f"there is no deployment {name!r} for client {tenant!r}; give client_code or X-User-ID")
     return deployment
 
@@ -159,5 +159,7 @@ async def remove(name: str, tenant: str, studio: Studio, cause: Cause) -> Deploy
     check_owner(tenant or None, deployment.client_code)
     if deployment.status is DeploymentStatus.REMOVED:
         raise Conflict(f"deployment {name!r} is removed already")
-    changed = await studio.deployments.change(deployment.id, lambda present: removal(present, cause))
+    changed = await studio.deployments.change(
+        deployment.client_code, deployment.id, lambda present: removal(present, cause)
+    )
     return changed or deployment

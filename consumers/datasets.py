@@ -42,8 +42,8 @@ async def sweep(studio: Studio) -> None:
 
 async def recorded(studio: Studio, key: str) -> bool:
     """Whether a record names the blob, by path or by URI: a moved data folder changes the one, a renamed bucket the other."""
-    by_path = await studio.datasets.where(limit=1, dfs_path=studio.dfs.location(key))
-    return bool(by_path or await studio.datasets.where(limit=1, s3_uri=studio.s3.location(key)))
+    by_path = await studio.datasets.where(ANYONE, limit=1, dfs_path=studio.dfs.location(key))
+    return bool(by_path or await studio.datasets.where(ANYONE, limit=1, s3_uri=studio.s3.location(key)))
 
 
 @consumer.on(DatasetUploaded)

@@ -42,7 +42,7 @@ async def follow(deployment: Deployment, studio: Studio) -> None:
             pass
         else:
             return
-    await studio.routes.change(deployment.id, lambda route: changed(route, deployment))
+    await studio.routes.change(deployment.client_code, deployment.id, lambda route: changed(route, deployment))
 
 
 def changed(route: RouteRecord, deployment: Deployment) -> RouteRecord | None:

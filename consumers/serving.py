@@ -32,5 +32,8 @@ async def want(envelope: Envelope[DeployRequested], studio: Studio) -> None:
 @consumer.on(UndeployRequested)
 async def follow(envelope: Envelope[Any], studio: Studio) -> None:
     """Follow a newer generation of a known deployment."""
-    if await studio.releases.change(envelope.subject, lambda release: release.want(envelope)) is not None:
+    if (
+        await studio.releases.change(envelope.client_code, envelope.subject, lambda release: release.want(envelope))
+        is not None
+    ):
         studio.releases_changed.set()

@@ -9,6 +9,7 @@ import structlog
 from consumers.watchers import apart, turn
 from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec, ReleaseState
 from mini_studio.errors import Conflict, Refused, Unavailable
+from mini_studio.records.record import ANYONE
 from mini_studio.records.releases import Release
 from mini_studio.wiring import Studio
 
@@ -26,7 +27,7 @@ async def watch(studio: Studio) -> None:
 
 async def reconcile(studio: Studio) -> float:
     """One turn over all releases that are not settled; the seconds until the next one."""
-    releases = await studio.releases.where(settled=False)
+    releases = await studio.releases.where(ANYONE, settled=False)
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def one(release: Release) -> None:
@@ -67,13 +68,17 @@ async def keep(release: Release, studio: Studio) -> None:
         seen = await studio.serving.observe(release.request.name)
     except (Refused, Conflict) as error:
         message = error.message
-        await studio.releases.change(release.id, lambda r: r.fail(generation, message, refused=True))
+        await studio.releases.change(
+            release.client_code, release.id, lambda r: r.fail(generation, message, refused=True)
+        )
         return
     except Unavailable as error:
         log.warning("serving.waiting", reason=error.message)
         return
     note = (seen.message if seen else "") or None
-    applied = await studio.releases.change(release.id, lambda r: r.applied(generation, time.time(), note))
+    applied = await studio.releases.change(
+        release.client_code, release.id, lambda r: r.applied(generation, time.time(), note)
+    )
     await report(applied or release, seen, studio)
 
 
@@ -85,15 +90,19 @@ async def report(release: Release, seen: ReleaseReport | None, studio: Studio) -
     message = seen.message or None
     match seen.state:
         case ReleaseState.READY:
-            await studio.releases.change(release.id, lambda r: r.ready(generation, seen.endpoints, message))
+            await studio.releases.change(
+                release.client_code, release.id, lambda r: r.ready(generation, seen.endpoints, message)
+            )
         case ReleaseState.FAILED:
-            await studio.releases.change(release.id, lambda r: r.fail(generation, seen.message))
+            await studio.releases.change(release.client_code, release.id, lambda r: r.fail(generation, seen.message))
         case ReleaseState.STARTING:
-            await studio.releases.change(release.id, lambda r: r.restarting(generation, time.time(), message))
+            await studio.releases.change(
+                release.client_code, release.id, lambda r: r.restarting(generation, time.time(), message)
+            )
             patience = studio.settings.serving.ready_timeout_s
             if release.applied_at and time.time() - release.applied_at > patience:
                 late = f"It was not ready {patience:.0f} s after it was started. Last seen: {seen.message or 'nothing'}"
-                await studio.releases.change(release.id, lambda r: r.fail(generation, late))
+                await studio.releases.change(release.client_code, release.id, lambda r: r.fail(generation, late))
 
 
 async def remove(release: Release, studio: Studio) -> None:
@@ -102,4 +111,4 @@ async def remove(release: Release, studio: Studio) -> None:
     except Unavailable as error:
         log.warning("serving.waiting", reason=error.message)
         return
-    await studio.releases.change(release.id, lambda r: r.removed(release.generation))
+    await studio.releases.change(release.client_code, release.id, lambda r: r.removed(release.generation))

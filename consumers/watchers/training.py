@@ -49,7 +49,7 @@ async def reconcile(studio: Studio) -> float:
 
 
 async def by(studio: Studio, phase: RunPhase) -> list[TrainingRun]:
-    return await studio.runs.where(phase=phase.value)
+    return await studio.runs.where(ANYONE, phase=phase.value)
 
 
 def bound(run: TrainingRun) -> AbstractContextManager[None]:
@@ -62,7 +62,7 @@ async def start(run: TrainingRun, studio: Studio) -> bool:
     """Take the run's next attempt and submit it, if the cluster is there to take it."""
     if not (await studio.cluster.status())["available"]:
         return False
-    begun = await studio.runs.change(run.id, TrainingRun.begin_attempt)
+    begun = await studio.runs.change(run.client_code, run.id, TrainingRun.begin_attempt)
     if begun is None:
         return False
     with bound(begun), apart():
@@ -78,7 +78,7 @@ async def submit(run: TrainingRun, studio: Studio) -> None:
     except OSError as error:
         code = "no_space" if error.errno == errno.ENOSPC else "internal"
         message = f"The attempt's folder cannot be written: {error}. Check the models folder's free space and rights, and submit again."
-        await studio.runs.change(run.id, lambda r: r.fail(run.token, code=code, message=message))
+        await studio.runs.change(run.client_code, run.id, lambda r: r.fail(run.token, code=code, message=message))
         return
     try:
         await studio.cluster.submit(
@@ -87,7 +87,7 @@ async def submit(run: TrainingRun, studio: Studio) -> None:
         log.info("training.submitted", submission_id=run.submission_id, threads=settings.threads)
     except Refused as error:
         message = f"Ray refused the training: {error.message}"
-        await studio.runs.change(run.id, lambda r: r.fail(run.token, code="refused", message=message))
+        await studio.runs.change(run.client_code, run.id, lambda r: r.fail(run.token, code="refused", message=message))
     except Unavailable as error:
         log.warning("training.submit_unknown", reason=error.message)
 
@@ -100,10 +100,10 @@ async def follow(run: TrainingRun, studio: Studio) -> None:
         return
     lines, read = await asyncio.to_thread(attempts.read_progress, folder, run.reported_bytes)
     if lines and run.phase is RunPhase.SUBMITTED:
-        run = await studio.runs.change(run.id, lambda r: r.started(run.token)) or run
+        run = await studio.runs.change(run.client_code, run.id, lambda r: r.started(run.token)) or run
     if await asyncio.to_thread(attempts.complete, folder, run):
         await report(run, lines, read, studio)
-        if committed := await studio.runs.change(run.id, lambda r: r.commit(run.token)):
+        if committed := await studio.runs.change(run.client_code, run.id, lambda r: r.commit(run.token)):
             await announce(committed, folder, studio)
         return
     failure = next((line for line in lines if line.kind == "failed"), None)
@@ -121,9 +121,9 @@ async def report(run: TrainingRun, lines: list[Progress], read: int, studio: Stu
         known |= line.model_dump(include=set(FineTuneProgressed.model_fields), exclude_none=True)
     if known:
         event = FineTuneProgressed.model_validate({"job_id": run.id, "attempt": run.attempt, **known})
-        await studio.runs.change(run.id, lambda r: r.progressed(run.token, event, read))
+        await studio.runs.change(run.client_code, run.id, lambda r: r.progressed(run.token, event, read))
     elif read > run.reported_bytes:
-        await studio.runs.change(run.id, lambda r: r.read_to(run.token, read))
+        await studio.runs.change(run.client_code, run.id, lambda r: r.read_to(run.token, read))
 
 
 async def announce(run: TrainingRun, folder: Path, studio: Studio) -> None:
@@ -138,7 +138,7 @@ async def announce(run: TrainingRun, folder: Path, studio: Studio) -> None:
         steps=manifest.steps,
         tokens=manifest.tokens,
     )
-    await studio.runs.change(run.id, lambda r: r.succeed(event))
+    await studio.runs.change(run.client_code, run.id, lambda r: r.succeed(event))
     log.info("training.succeeded", train_loss=manifest.train_loss)
 
 
@@ -153,7 +153,9 @@ async def end(run: TrainingRun, failure: Progress, studio: Studio) -> None:
 
 async def fail(run: TrainingRun, code: str, message: str, studio: Studio) -> None:
     tail = await studio.cluster.logs(run.submission_id, LOG_LINES)
-    await studio.runs.change(run.id, lambda r: r.fail(run.token, code=code, message=message, log_tail=tail))
+    await studio.runs.change(
+        run.client_code, run.id, lambda r: r.fail(run.token, code=code, message=message, log_tail=tail)
+    )
     log.warning("training.failed", code=code, reason=message)
 
 
@@ -161,7 +163,7 @@ async def lose(run: TrainingRun, reason: str, studio: Studio, *, interrupted: bo
     allowed = studio.settings.training.max_attempts
     tail = [] if interrupted else await studio.cluster.logs(run.submission_id, LOG_LINES)
     lost = await studio.runs.change(
-        run.id, lambda r: r.lose(run.token, reason, allowed, interrupted=interrupted, log_tail=tail)
+        run.client_code, run.id, lambda r: r.lose(run.token, reason, allowed, interrupted=interrupted, log_tail=tail)
     )
     if lost is not None:
         log.warning("training.lost", reason=reason)

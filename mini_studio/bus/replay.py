@@ -4,7 +4,7 @@ import structlog
 
 from mini_studio.bus.kafka import Publisher
 from mini_studio.bus.relay import outgoing
-from mini_studio.records.record import Repository
+from mini_studio.records.record import ANYONE, Repository
 from mini_studio.records.routes import RouteRecord
 from mini_studio.records.store import RecordStore
 
@@ -20,5 +20,5 @@ async def refill(store: RecordStore, publisher: Publisher, routes: Repository[Ro
         await publisher.publish([outgoing(entry.stored) for entry in entries])
         position, total = entries[-1].position, total + len(entries)
         log.info("refill.progress", events=total)
-    await publisher.publish([outgoing(record.stored()) for record in await routes.where(limit=1_000_000)])
+    await publisher.publish([outgoing(record.stored()) for record in await routes.where(ANYONE, limit=1_000_000)])
     return total

@@ -62,7 +62,7 @@ class Datasets(Projections[Dataset]):
 
     async def _at(self, tenant: str, name: str, bucket_uri: str) -> Dataset | None:
         where = {"dfs_path": name} if name.startswith("/") else {"s3_uri": _uri(name, bucket_uri)}
-        found = await self.where(limit=1, client_code=tenant, **where)
+        found = await self.where(tenant, limit=1, **where)
         return found[0] if found else None
 
 

@@ -109,9 +109,10 @@ def _status(event: ReleaseEvent) -> dict[str, Any]:
 class Deployments(Projections[Deployment]):
     """The deployments, by identity or by name."""
 
-    async def named(self, name: str) -> Deployment | None:
-        found = await self.where(limit=1, name=name)
-        return found[0] if found else None
+    async def named(self, tenant: str, name: str) -> Deployment | None:
+        """The deployment of that name, if it is the tenant's own or shared. No two have one name, whoever's they are."""
+        found = await self.where(ANYONE, limit=1, name=name)
+        return found[0] if found and found[0].client_code in ("", tenant) else None
 
     async def request(self, tenant: str, event: DeployRequested, cause: Cause) -> Deployment:
         """Deploy: a first time, or again with a higher generation when something is to change. Same again: no event."""
@@ -133,7 +134,7 @@ class Deployments(Projections[Deployment]):
                     raise
             else:
                 return record
-        changed = await self.change(event.deployment_id, lambda present: again(present, event, cause))
+        changed = await self.change(tenant, event.deployment_id, lambda present: again(present, event, cause))
         present = changed or await self.get(ANYONE, event.deployment_id)
         if present is None:
             raise Conflict(f"deployment {event.deployment_id} is gone")

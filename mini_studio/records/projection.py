@@ -115,7 +115,7 @@ class Projections(Repository[P]):
             return await self._begin(envelope)
         if envelope.sequence > record.last(envelope) + 1:
             await self._catch_up(envelope, record.last(envelope))
-        return await self.change(envelope.subject, lambda present: present.apply(envelope))
+        return await self.change(ANYONE, envelope.subject, lambda present: present.apply(envelope))
 
     async def apply_all(self, envelopes: Iterable[Envelope[Any]]) -> None:
         """Apply events in order, with one read, and at most one write, for each record."""
@@ -130,7 +130,7 @@ class Projections(Repository[P]):
     async def _apply_history(self, history: list[Envelope[Any]]) -> None:
         first, *rest = history
         await self.apply(first)
-        if rest and await self.change(first.subject, lambda present: advance(present, rest)) is None:
+        if rest and await self.change(ANYONE, first.subject, lambda present: advance(present, rest)) is None:
             for envelope in rest:
                 await self.apply(envelope)
 
@@ -159,7 +159,7 @@ class Projections(Repository[P]):
     async def _catch_up(self, envelope: Envelope[Any], applied: int) -> None:
         for earlier in await self._history(envelope.subject):
             if earlier.source == envelope.source and applied < earlier.sequence < envelope.sequence:
-                await self.change(envelope.subject, lambda present, missed=earlier: present.apply(missed))  # type: ignore[misc]
+                await self.change(ANYONE, envelope.subject, lambda present, missed=earlier: present.apply(missed))  # type: ignore[misc]
 
     async def _history(self, subject: str) -> list[Envelope[Any]]:
         entries = await self._store.read_journal(key=subject, limit=100_000)

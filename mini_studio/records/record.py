@@ -88,11 +88,11 @@ class Repository(Generic[R]):
         if record.outbox:
             self._wake()
 
-    async def change(self, id: str, change: Change[R]) -> R | None:
-        """Apply the pure `change` by compare-and-set, again on a conflict. None: no such record, or nothing to change."""
+    async def change(self, tenant: str, id: str, change: Change[R]) -> R | None:
+        """Apply the pure `change` by compare-and-set, again on a conflict. None: no such record of the tenant's, or nothing to change."""
         for _ in range(CAS_TRIES):
             document = await self._store.get(self.collection, id)
-            if document is None:
+            if document is None or tenant not in (ANYONE, document["client_code"]):
                 return None
             changed = change(self._record.load(document))
             if changed is None:
@@ -115,7 +115,8 @@ class Repository(Generic[R]):
         found = await self._store.find(self.collection, filters, limit=limit, after=position)
         return [self._record.load(document) for document in found]
 
-    async def where(self, *, limit: int = 1000, **where: Any) -> list[R]:
-        """Records of every tenant whose fields equal `where`, oldest first: for reconcilers."""
-        found = await self._store.find(self.collection, where, limit=limit, newest_first=False)
+    async def where(self, tenant: str, *, limit: int = 1000, **where: Any) -> list[R]:
+        """A tenant's records (reconcilers ask for `ANYONE`'s) whose fields equal `where`, oldest first."""
+        filters = where if tenant == ANYONE else {"client_code": tenant, **where}
+        found = await self._store.find(self.collection, filters, limit=limit, newest_first=False)
         return [self._record.load(document) for document in found]

@@ -10,6 +10,7 @@ from events.base import Cause
 from events.fine_tuning import DatasetRef, FineTuneRequested, Hyperparameters
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import requested
+from mini_studio.records.record import ANYONE
 from mini_studio.wiring import Studio
 
 CAUSE = Cause(correlation_id="r")
@@ -116,9 +117,9 @@ async def test_a_late_repeat_of_a_deploy_does_not_undo_a_later_scale(client: htt
 async def test_a_deploy_that_was_only_claimed_is_done_by_its_repeat(client: httpx.AsyncClient, studio: Studio) -> None:
     """As when the process dies between the two writes."""
     await deploy_base(client, "k")
-    key = (await studio.keys.where())[0]
+    key = (await studio.keys.where(ANYONE))[0]
     await deploy_base(client, max_replicas=3)
-    await studio.keys.change(key.id, lambda key: key.model_copy(update={"generation": 3}))
+    await studio.keys.change(ANYONE, key.id, lambda key: key.model_copy(update={"generation": 3}))
     await deploy_base(client, "k")
     assert (await shown(client))["scale"]["max_replicas"] == 1
 
@@ -158,3 +159,13 @@ async def test_a_client_cannot_change_what_all_share(client: httpx.AsyncClient) 
     own = await client.post("/inference/deploy/base", json={**scaled, "client_code": "acme"}, headers=acme | AT_ONCE)
     assert own.status_code == 202
     assert (await client.delete(f"/inference/deployments/{own.json()['deployment']}", headers=acme)).status_code == 202
+
+
+async def test_a_repository_changes_and_lists_a_tenants_own_records_only(
+    client: httpx.AsyncClient, studio: Studio
+) -> None:
+    await deploy_base(client)
+    (mine,) = await studio.deployments.where(ANYONE)
+    assert await studio.deployments.where("rival") == []
+    assert await studio.deployments.change("rival", mine.id, lambda d: d.model_copy(update={"message": "x"})) is None
+    assert await studio.deployments.change(mine.client_code, mine.id, lambda d: d.model_copy(update={"message": "x"}))

@@ -119,7 +119,7 @@ async def test_a_silent_trainer_is_replaced_and_its_late_artifact_is_not_publish
     says(studio, first, steps(1))
     await training.reconcile(studio)
     past = time.time() - 10
-    await studio.runs.change(id, lambda run: run.model_copy(update={"submitted_at": past}))
+    await studio.runs.change(ANYONE, id, lambda run: run.model_copy(update={"submitted_at": past}))
     age(attempts.folder(first, studio.settings) / PROGRESS, past)
     await training.reconcile(studio)
     assert cluster.stops == [first.submission_id]
@@ -144,7 +144,7 @@ async def lost_again(studio: Studio, id: str, lose: Callable[[str], None]) -> Tr
         says(studio, run, Progress(kind="started", time=time.time()))
         await training.reconcile(studio)
         past = time.time() - 10
-        await studio.runs.change(id, lambda run: run.model_copy(update={"submitted_at": past}))
+        await studio.runs.change(ANYONE, id, lambda run: run.model_copy(update={"submitted_at": past}))
         age(attempts.folder(run, studio.settings) / PROGRESS, past)
         lose(run.submission_id)
         await training.reconcile(studio)
@@ -182,7 +182,7 @@ async def test_a_manifest_that_names_other_files_than_there_are_ends_the_job(
     (attempts.folder(run, studio.settings) / WEIGHTS / "model.safetensors").write_bytes(b"cut")
     await training.reconcile(studio)
     past = time.time() - 10
-    await studio.runs.change(id, lambda run: run.model_copy(update={"submitted_at": past}))
+    await studio.runs.change(ANYONE, id, lambda run: run.model_copy(update={"submitted_at": past}))
     age(attempts.folder(run, studio.settings) / PROGRESS, past)
     cluster.finish(run.submission_id)
     await training.reconcile(studio)
@@ -228,8 +228,8 @@ async def test_a_crash_between_commit_and_announcement_is_repaired(studio: Studi
     await training.reconcile(studio)
     run = await run_of(studio, id)
     finishes(studio, run, b"weights")
-    await studio.runs.change(id, lambda run: run.started(run.token))
-    await studio.runs.change(id, lambda run: run.commit(run.token))
+    await studio.runs.change(ANYONE, id, lambda run: run.started(run.token))
+    await studio.runs.change(ANYONE, id, lambda run: run.commit(run.token))
     await training.reconcile(studio)
     run = await run_of(studio, id)
     assert run.phase is RunPhase.SUCCEEDED
