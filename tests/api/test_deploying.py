@@ -6,30 +6,19 @@ from typing import Any
 import httpx
 import pytest
 
-from events.base import Cause
-from events.fine_tuning import DatasetRef, FineTuneRequested, Hyperparameters
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import requested
 from mini_studio.records.record import ANYONE
 from mini_studio.wiring import Studio
+from tests.consumers.cases import CAUSE, fine_tune
 
-CAUSE = Cause(correlation_id="r")
 JOB = "job_" + "a" * 24
 AT_ONCE = {"Prefer": "respond-async"}
 
 
 async def running_job(studio: Studio) -> Job:
     """A job as the API wrote it; none of its status events is in its record yet."""
-    event = FineTuneRequested(
-        job_id=JOB,
-        base_model="tiny-llama",
-        fine_tuned_model="ft:tiny-llama:acme:aaaaaaaa",
-        dataset=DatasetRef(id="ds_" + "b" * 24, dfs_path="/d", sha256="0" * 64, rows=3),
-        hyperparameters=Hyperparameters(
-            n_epochs=1, batch_size=1, learning_rate_multiplier=0.1, prompt_loss_weight=0, seed=0, method="full"
-        ),
-    )
-    job = requested(Job, event, subject=JOB, client_code="acme", cause=CAUSE)
+    job = requested(Job, fine_tune(JOB), subject=JOB, client_code="acme", cause=CAUSE)
     await studio.jobs.insert(job)
     return job
 

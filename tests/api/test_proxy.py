@@ -9,7 +9,8 @@ from fastapi import FastAPI
 
 from events.types import DeploymentKind, DeploymentStatus
 from mini_studio.records.routes import Route
-from tests.fakes.upstream import Upstream, until, upstream
+from tests.fakes.upstream import Upstream, upstream
+from tests.fakes.waiting import until
 
 INFER = "/inference/infer/m"
 
@@ -40,9 +41,9 @@ async def connect(
 async def test_a_client_that_hangs_up_before_the_answer_stops_the_generation(url: str, model: Upstream) -> None:
     model.answer = None
     _, writer = await connect(url)
-    await until(lambda: model.bodies == [b"{}"])
+    await until(lambda: model.bodies == [b"{}"], 5)
     writer.close()
-    await until(lambda: model.left == 1)
+    await until(lambda: model.left == 1, 5)
 
 
 async def test_a_client_that_hangs_up_within_an_answer_stops_the_generation(url: str, model: Upstream) -> None:
@@ -50,7 +51,7 @@ async def test_a_client_that_hangs_up_within_an_answer_stops_the_generation(url:
     reader, writer = await connect(url)
     await reader.readuntil(b"{}")
     writer.close()
-    await until(lambda: model.left == 1)
+    await until(lambda: model.left == 1, 5)
 
 
 @pytest.mark.parametrize("path", [INFER, "/fine_tuning/submit-finetune"])
@@ -67,7 +68,7 @@ async def test_a_client_that_hangs_up_within_its_body_is_no_failure(
         logged += "".join(capsys.readouterr())
         return "request.done" in logged
 
-    await until(done)
+    await until(done, 5)
     assert "status=400" in logged
     assert "Traceback" not in logged
 

@@ -28,6 +28,7 @@ from mini_studio.records.projection import requested
 from mini_studio.settings import Kafka, Settings
 from mini_studio.wiring import Studio, open_studio
 from tests.fakes.log import read_all, write, write_nulls
+from tests.fakes.waiting import until
 
 CAUSE = Cause(correlation_id="test")
 
@@ -64,13 +65,6 @@ def collector(handle: Callable[[Envelope[Any]], Any] = lambda envelope: None) ->
         seen.append(envelope)
 
     return consumer, seen
-
-
-async def until(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        await asyncio.sleep(0.02)
 
 
 async def test_a_written_record_reaches_the_journal_and_every_consumer(studio: Studio) -> None:

@@ -13,13 +13,8 @@ from mini_studio.records.routes import RouteRecord
 from mini_studio.settings import Kafka, Settings
 from mini_studio.wiring import Studio, open_studio
 from tests.fakes.broker import running_broker
+from tests.fakes.waiting import until
 from tests.unit.test_records import deployment, ready, removed
-
-
-async def until(condition: Callable[[], bool], seconds: float) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 @contextlib.asynccontextmanager

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from events.topics import dead_letter_topic
 from mini_studio.bus.kafka import Outgoing
 from tests.consumers.cases import World, crash_after, eventually
+from tests.fakes.log import read_all
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 
@@ -79,14 +79,5 @@ async def has_decided(world: World, subject: str) -> bool:
 
 
 async def dead_letters(world: World) -> list[Any]:
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=world.studio.settings.kafka.bootstrap, auto_offset_reset="earliest", fetch_max_wait_ms=20
-    )
-    await consumer.start()
-    consumer.assign([TopicPartition(dead_letter_topic(world.case.topic, world.case.consumer), 0)])
-    records: list[Any] = []
-    for _ in range(4):
-        for batch in (await consumer.getmany(timeout_ms=300)).values():
-            records += batch
-    await consumer.stop()
-    return records
+    topic = dead_letter_topic(world.case.topic, world.case.consumer)
+    return await read_all(world.studio.settings.kafka.bootstrap, topic)

@@ -118,9 +118,7 @@ async def test_a_silent_trainer_is_replaced_and_its_late_artifact_is_not_publish
     first = await run_of(studio, id)
     says(studio, first, steps(1))
     await training.reconcile(studio)
-    past = time.time() - 10
-    await studio.runs.change(ANYONE, id, lambda run: run.model_copy(update={"submitted_at": past}))
-    age(attempts.folder(first, studio.settings) / PROGRESS, past)
+    await falls_silent(studio, first)
     await training.reconcile(studio)
     assert cluster.stops == [first.submission_id]
     assert (await run_of(studio, id)).phase in (RunPhase.QUEUED, RunPhase.SUBMITTED)
@@ -143,9 +141,7 @@ async def lost_again(studio: Studio, id: str, lose: Callable[[str], None]) -> Tr
     if run.phase is RunPhase.SUBMITTED:
         says(studio, run, Progress(kind="started", time=time.time()))
         await training.reconcile(studio)
-        past = time.time() - 10
-        await studio.runs.change(ANYONE, id, lambda run: run.model_copy(update={"submitted_at": past}))
-        age(attempts.folder(run, studio.settings) / PROGRESS, past)
+        await falls_silent(studio, run)
         lose(run.submission_id)
         await training.reconcile(studio)
     return await run_of(studio, id)
@@ -181,9 +177,7 @@ async def test_a_manifest_that_names_other_files_than_there_are_ends_the_job(
     finishes(studio, run, b"whole")
     (attempts.folder(run, studio.settings) / WEIGHTS / "model.safetensors").write_bytes(b"cut")
     await training.reconcile(studio)
-    past = time.time() - 10
-    await studio.runs.change(ANYONE, id, lambda run: run.model_copy(update={"submitted_at": past}))
-    age(attempts.folder(run, studio.settings) / PROGRESS, past)
+    await falls_silent(studio, run)
     cluster.finish(run.submission_id)
     await training.reconcile(studio)
     assert (await run_of(studio, id)).phase is RunPhase.FAILED
@@ -297,8 +291,11 @@ async def test_a_crashed_server_is_reported_and_so_is_its_return(studio: Studio,
     assert told(await release_of(studio, request)) == [f"deployment.{name}.v1" for name in names]
 
 
-def age(file: Path, seconds: float) -> None:
-    os.utime(file, (seconds, seconds))
+async def falls_silent(studio: Studio, run: TrainingRun) -> None:
+    """As if nothing had come of the trainer for 10 s."""
+    past = time.time() - 10
+    await studio.runs.change(ANYONE, run.id, lambda run: run.model_copy(update={"submitted_at": past}))
+    os.utime(attempts.folder(run, studio.settings) / PROGRESS, (past, past))
 
 
 async def test_a_moved_data_folder_makes_no_orphans(studio: Studio, tmp_path: Path) -> None:

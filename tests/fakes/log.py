@@ -9,7 +9,9 @@ Headers = list[tuple[str, Any]]
 
 async def read_all(bootstrap: str, topic: str) -> list[Any]:
     """Every record of a topic, partition by partition; no group, nobody's position moves."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False)
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False, fetch_max_wait_ms=20
+    )
     await consumer.start()
     consumer.assign([TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or {0})])
     records: list[Any] = []
