@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from events.base import Cause, Envelope, Event
 from events.registry import subject_of
 from mini_studio.errors import Unavailable
-from mini_studio.records.store import Collection, RecordStore
+from mini_studio.records.store import Collection, Document, RecordStore
 
 ANYONE: Literal["*"] = "*"
 """The tenant of callers that are not bound to one: consumers, and requests that name a record by its unguessable id."""
@@ -77,10 +77,8 @@ class Repository(Generic[R]):
 
     async def get(self, tenant: str, id: str) -> R | None:
         """The record, or None when it is not there or another tenant's."""
-        document = await self._store.get(self.collection, id)
-        if document is None or tenant not in (ANYONE, document["client_code"]):
-            return None
-        return self._record.load(document)
+        document = await self._document(tenant, id)
+        return None if document is None else self._record.load(document)
 
     async def insert(self, record: R) -> None:
         """Write a new record and its events at once. Raises `DuplicateRecord`."""
@@ -91,8 +89,8 @@ class Repository(Generic[R]):
     async def change(self, tenant: str, id: str, change: Change[R]) -> R | None:
         """Apply the pure `change` by compare-and-set, again on a conflict. None: no such record of the tenant's, or nothing to change."""
         for _ in range(CAS_TRIES):
-            document = await self._store.get(self.collection, id)
-            if document is None or tenant not in (ANYONE, document["client_code"]):
+            document = await self._document(tenant, id)
+            if document is None:
                 return None
             changed = change(self._record.load(document))
             if changed is None:
@@ -111,12 +109,18 @@ class Repository(Generic[R]):
         if after is not None:
             last = await self.get(tenant, after)
             position = (last.created_at, last.id) if last else ("", "")
-        filters = where if tenant == ANYONE else {"client_code": tenant, **where}
-        found = await self._store.find(self.collection, filters, limit=limit, after=position)
+        found = await self._store.find(self.collection, _owned(tenant, where), limit=limit, after=position)
         return [self._record.load(document) for document in found]
 
     async def where(self, tenant: str, *, limit: int = 1000, **where: Any) -> list[R]:
         """A tenant's records (reconcilers ask for `ANYONE`'s) whose fields equal `where`, oldest first."""
-        filters = where if tenant == ANYONE else {"client_code": tenant, **where}
-        found = await self._store.find(self.collection, filters, limit=limit, newest_first=False)
+        found = await self._store.find(self.collection, _owned(tenant, where), limit=limit, newest_first=False)
         return [self._record.load(document) for document in found]
+
+    async def _document(self, tenant: str, id: str) -> Document | None:
+        document = await self._store.get(self.collection, id)
+        return document if document is not None and tenant in (ANYONE, document["client_code"]) else None
+
+
+def _owned(tenant: str, where: dict[str, Any]) -> dict[str, Any]:
+    return where if tenant == ANYONE else {"client_code": tenant, **where}
