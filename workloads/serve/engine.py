@@ -19,8 +19,6 @@ from workloads.serve.text import Detokenizer
 
 MAX_BATCH = 16
 MAX_WAITING = 256
-GREEDY_BELOW = 1e-5
-"""Temperatures under it are greedy: dividing by them overflows. vLLM's bound."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +259,7 @@ class Answer:
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None) -> int:
     """Greedy at temperature 0, else from the smallest set of tokens whose probability reaches `top_p` (Holtzman et al. 2020)."""
-    if sampling.temperature < GREEDY_BELOW or generator is None or sampling.top_p == 0:
+    if sampling.temperature == 0 or generator is None or sampling.top_p == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
     if sampling.top_p < 1:

@@ -29,6 +29,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
 }
 """Parameters that would change the answer, and the values besides null that ask for nothing."""
+GREEDY_BELOW = 1e-5
+"""Temperatures under it count as 0: dividing by them overflows. vLLM's bound."""
 MAX_CHOICES = 4
 MAX_PROMPTS = 16
 MAX_STOPS = 4
@@ -149,9 +151,10 @@ def _encodable(text: str, where: str) -> str:
 
 def _sampling(data: dict[str, Any]) -> Sampling:
     newer = "max_completion_tokens" if data.get("max_completion_tokens") is not None else "max_tokens"
+    temperature = _number(data, "temperature", 1.0, 0.0, 2.0)
     return Sampling(
         max_tokens=_integer(data, newer, None, 1, 1_000_000),
-        temperature=_number(data, "temperature", 1.0, 0.0, 2.0),
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
         top_p=_number(data, "top_p", 1.0, 0.0, 1.0),
         stop=_stop(data.get("stop")),
         seed=_integer(data, "seed", None, -(2**63), 2**63 - 1),
