@@ -137,12 +137,11 @@ async def answer(deployment: Deployment, studio: Studio, response: Response, pre
 
 
 async def first_status(deployment: Deployment, studio: Studio) -> Deployment:
-    deadline, generation = time.monotonic() + studio.settings.api.deploy_wait_s, deployment.generation
-    while deployment.status is DeploymentStatus.DEPLOYING and time.monotonic() < deadline:
+    deadline = time.monotonic() + studio.settings.api.deploy_wait_s
+    awaited = (DeploymentStatus.DEPLOYING, deployment.generation)
+    while (deployment.status, deployment.generation) == awaited and time.monotonic() < deadline:
         await asyncio.sleep(LOOK_EVERY_S)
         deployment = await studio.deployments.get(ANYONE, deployment.id) or deployment
-        if deployment.generation != generation:
-            break
     return deployment
 
 

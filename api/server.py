@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import orjson
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mini_studio.settings import Settings
+from schemas.fine_tuning import ErrorResponse
 
 MAX_HEAD_BYTES = 64 * 1024
 GRACE_S = 10
@@ -37,7 +37,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        body = orjson.dumps({"ok": False, "error": msg, "code": "bad_request", "details": []})
+        body = ErrorResponse(error=msg, code="bad_request").model_dump_json(exclude_none=True).encode()
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(head.encode() + body)
         self.transport.close()

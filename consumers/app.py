@@ -75,7 +75,7 @@ async def run_one(consumer: Consumer, studio: Studio, health: Health, stop: asyn
             task.cancel()
         await stop_broker(broker)
         for ended in await asyncio.gather(starting, *tasks, return_exceptions=True):
-            if isinstance(ended, Exception) and not isinstance(ended, BrokerReplaced):
+            if isinstance(ended, Exception):
                 log.error("consumer.broke", consumer=consumer.name, exc_info=ended)
 
 

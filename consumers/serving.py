@@ -32,8 +32,6 @@ async def want(envelope: Envelope[DeployRequested], studio: Studio) -> None:
 @consumer.on(UndeployRequested)
 async def follow(envelope: Envelope[Any], studio: Studio) -> None:
     """Follow a newer generation of a known deployment."""
-    if (
-        await studio.releases.change(envelope.client_code, envelope.subject, lambda release: release.want(envelope))
-        is not None
-    ):
+    tenant, id = envelope.client_code, envelope.subject
+    if await studio.releases.change(tenant, id, lambda release: release.want(envelope)) is not None:
         studio.releases_changed.set()

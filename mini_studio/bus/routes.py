@@ -7,7 +7,6 @@ from collections.abc import Callable
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
-from pydantic import ValidationError
 
 from events.topics import ROUTES
 from events.types import DeploymentKind, DeploymentStatus
@@ -115,7 +114,7 @@ class RouteFeed:
         try:
             route = Route.model_validate_json(value) if value else None
             self._table.put(key.decode(), route, revision_in(headers))
-        except (ValidationError, ValueError, AttributeError) as error:
+        except (ValueError, AttributeError) as error:
             log.error("route_feed.ignored", key=repr(key), reason=str(error))
 
 
