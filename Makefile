@@ -2,6 +2,9 @@
 PORT ?= 8000
 DATA ?= .studio
 PYTHON ?= python3
+REAL ?= ../shared/real
+LENGTH ?= short
+MINUTES ?= 10
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -11,11 +14,11 @@ SHELL := /bin/bash
 NEEDED_MB := 7000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo test check format lock clean schemas
+.PHONY: help venv run demo test test-real soak check format lock clean schemas
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
-	@echo "  variables: PORT=$(PORT) DATA=$(DATA) PYTHON=$(PYTHON)"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@echo "  variables: PORT=$(PORT) DATA=$(DATA) PYTHON=$(PYTHON) REAL=$(REAL) LENGTH=$(LENGTH) MINUTES=$(MINUTES)"
 
 venv: $(STAMP) ## install into .venv
 
@@ -42,6 +45,15 @@ demo: $(STAMP) ## do the main job on the running studio
 
 test: $(STAMP) ## all tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-real: $(STAMP) ## fault programs and tests on real services, which REAL/kafka starts; LENGTH=full for the long forms
+	@test -n "$$MINI_STUDIO_TEST_KAFKA" -o -x "$(REAL)/kafka" || { \
+	  echo "There is no $(REAL)/kafka to start an Apache Kafka with: name a folder that has one, make test-real REAL=DIR," \
+	    "or a running broker, MINI_STUDIO_TEST_KAFKA=host:port make test-real (what kills and pauses one is then skipped)." >&2; exit 2; }
+	MINI_STUDIO_TEST_REAL=$(wildcard $(REAL)) MINI_STUDIO_TEST_LENGTH=$(LENGTH) $(BIN)/python -m pytest -m real --durations 15
+
+soak: $(STAMP) ## kill everything at random under load for MINUTES, then check that nothing was lost or done twice
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 check: $(STAMP) ## format, lint, types, import contracts, published schemas
 	$(BIN)/ruff format --check .

@@ -103,8 +103,9 @@ class Relay:
         if journalled:
             await self._store.journal(journalled)
         await self._publisher.publish([outgoing(entry) for entry in entries])
-        for collection, id, oldest in due:
-            await self._store.settle(collection, id, [entry["headers"]["ce_id"] for entry in oldest])
+        await self._store.settle(
+            [(collection, id, [entry["headers"]["ce_id"] for entry in oldest]) for collection, id, oldest in due]
+        )
         for entry in entries:
             EVENTS_OUT.labels(entry["topic"], entry["headers"].get("ce_type", "route")).inc()
             log.debug("relay.published", event_id=entry["headers"]["ce_id"], type=entry["headers"].get("ce_type"))

@@ -31,6 +31,8 @@ BROKER, S3, DASHBOARD, GCS, NODE_MANAGER, OBJECT_MANAGER, AGENT_HTTP, AGENT_GRPC
 )
 HEALTH = 12
 
+ADDRESSES = {"broker": ("kafka", "bootstrap"), "s3": ("s3", "endpoint"), "ray": ("training", "ray_address")}
+"""Setting that says where a part is, by part."""
 OWN_TEMPERS = ("SCHEMA_REGISTRY", "OTEL_EXPORTER_OTLP_ENDPOINT", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 """Variables of the user's shell that would turn a part's head."""
 
@@ -54,22 +56,34 @@ def build(data: Path, host: str, port: int, block: PortBlock, keys: tuple[str, s
     """The whole studio in `data` (absolute), its REST API at `host`:`port`."""
     reached = LOCAL if host in ("0.0.0.0", "::", "") else host  # noqa: S104
     url = f"http://{reached}:{port}"
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "kafka": {"bootstrap": f"{LOCAL}:{block[BROKER]}", "refill": True},
         "s3": {"endpoint": f"http://{LOCAL}:{block[S3]}", "access_key": keys[0], "secret_key": keys[1]},
         "training": {"ray_address": f"http://{LOCAL}:{block[DASHBOARD]}"},
         "api": {"host": host, "port": port},
     }
+    for section, name in elsewhere().values():
+        settings[section] = {name: os.environ[_variable(section, name)]}
     own = [Part("api", [*STUDIO, "api"], health=f"{url}/health", environment=OWN)]
     for index, name in enumerate(("relay", *CONSUMERS)):
         own.append(_studio_part(name, block[HEALTH + index]))
-    parts = [_broker(data, block), _s3(data, block, keys), _ray(block, ray_folder), *own]
+    beside = [_broker(data, block), _s3(data, block, keys), _ray(block, ray_folder)]
+    parts = [*(part for part in beside if part.name not in elsewhere()), *own]
     return Stack(parts, url, settings, {part.name: part.health for part in parts})
+
+
+def elsewhere() -> dict[str, tuple[str, str]]:
+    """Parts that run somewhere else, because the environment names their address; the run does not start them."""
+    return {part: setting for part, setting in ADDRESSES.items() if os.environ.get(_variable(*setting))}
+
+
+def _variable(section: str, name: str) -> str:
+    return f"MINI_STUDIO_{section}__{name}".upper()
 
 
 def environment(data: Path, run_id: str, settings: dict[str, Any]) -> dict[str, str]:
     """This process's own, marked, less what contradicts the run's addresses."""
-    decided = {f"MINI_STUDIO_{part}__{name}".upper() for part, values in settings.items() for name in values}
+    decided = {_variable(section, name) for section, values in settings.items() for name in values}
     kept = {name: value for name, value in os.environ.items() if name.upper() not in decided}
     for name in OWN_TEMPERS:
         kept.pop(name, None)

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 UNIQUE_FAILED = re.compile(r"UNIQUE constraint failed: (?:index '(\w+)'|([\w.]+))")
 
+MAX_VARIABLES = 500
+"""Ids in one query: SQLite's least limit is 999."""
 JOURNAL_SCHEMA = """
 CREATE TABLE IF NOT EXISTS event_journal (
     position INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE, key TEXT NOT NULL, stored BLOB NOT NULL);
@@ -44,6 +46,13 @@ class SqliteStore:
     async def get(self, collection: Collection, id: str) -> Document | None:
         rows = await self._read(f"SELECT doc FROM {collection.name} WHERE id = ?", (id,))  # noqa: S608
         return orjson.loads(rows[0][0]) if rows else None
+
+    async def get_all(self, collection: Collection, ids: Sequence[str]) -> dict[str, Document]:
+        rows = await self._read_some(f"SELECT id, doc FROM {collection.name} WHERE id IN ", ids)  # noqa: S608
+        return {id: orjson.loads(doc) for id, doc in rows}
+
+    async def put_all(self, collection: Collection, changes: Sequence[tuple[Document, int | None]]) -> list[bool]:
+        return await self._write(lambda db: [_put(db, collection, *change) for change in changes])
 
     async def replace(self, collection: Collection, document: Document, version: int) -> bool:
         return await self._write(lambda db: _replace(db, collection, document, version))
@@ -80,8 +89,15 @@ class SqliteStore:
                 break
         return found
 
-    async def settle(self, collection: Collection, id: str, event_ids: Sequence[str]) -> None:
-        await self._write(lambda db: _settle(db, collection, id, frozenset(event_ids)))
+    async def settle(self, settled: Sequence[tuple[Collection, str, Sequence[str]]]) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            for collection, id, event_ids in settled:
+                _settle(db, collection, id, frozenset(event_ids))
+
+        await self._write(work)
+
+    async def clear(self, collection: Collection) -> None:
+        await self._write(lambda db: db.execute(f"DELETE FROM {collection.name}"))  # noqa: S608
 
     async def journal(self, stored: Sequence[dict[str, Any]]) -> None:
         rows = [(entry["headers"]["ce_id"], entry["key"], orjson.dumps(entry)) for entry in stored]
@@ -96,6 +112,10 @@ class SqliteStore:
             values = (after, key, limit)
         rows = await self._read(sql + "ORDER BY position LIMIT ?", values)
         return [JournalEntry(row[0], row[1], orjson.loads(row[2])) for row in rows]
+
+    async def journalled(self, event_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        rows = await self._read_some("SELECT event_id, stored FROM event_journal WHERE event_id IN ", event_ids)
+        return {id: orjson.loads(stored) for id, stored in rows}
 
     async def aclose(self) -> None:
         for executor, connection in ((self._writer, self._write_connection), (self._reader, self._read_connection)):
@@ -131,10 +151,17 @@ class SqliteStore:
                 time.sleep(0.01)
 
     async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        deadline = time.monotonic() + self._busy_timeout_s
+
         def run() -> T:
+            # Those who queued behind a write that waited for the lock have waited as well: nobody waits twice.
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise sqlite3.OperationalError("database is locked")
             if self._write_connection is None:
                 self._write_connection = self._connect()
             db = self._write_connection
+            db.execute(f"PRAGMA busy_timeout = {int(left_s * 1000) + 1}")
             db.execute("BEGIN IMMEDIATE")
             try:
                 result = work(db)
@@ -153,6 +180,14 @@ class SqliteStore:
             return self._read_connection.execute(sql, values).fetchall()
 
         return await self._in(self._reader, run)
+
+    async def _read_some(self, sql: str, ids: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Rows by id, `MAX_VARIABLES` ids a query. `sql` ends with `IN `."""
+        rows: list[tuple[Any, ...]] = []
+        for first in range(0, len(ids), MAX_VARIABLES):
+            part = ids[first : first + MAX_VARIABLES]
+            rows += await self._read(f"{sql} ({','.join('?' * len(part))})", part)
+        return rows
 
     async def _in(self, executor: ThreadPoolExecutor, run: Callable[[], T]) -> T:
         try:
@@ -199,6 +234,16 @@ def _replace(db: sqlite3.Connection, collection: Collection, document: Document,
     sql = f"UPDATE {collection.name} SET version = ?, pending = ?, doc = ? WHERE id = ? AND version = ?"  # noqa: S608
     row = (document["version"], int(bool(document["outbox"])), _encode(document), document["_id"], version)
     return bool(_unique(lambda: db.execute(sql, row)).rowcount == 1)
+
+
+def _put(db: sqlite3.Connection, collection: Collection, document: Document, version: int | None) -> bool:
+    try:
+        if version is not None:
+            return _replace(db, collection, document, version)
+        _insert(db, collection, document)
+    except DuplicateRecord:
+        return False
+    return True
 
 
 def _settle(db: sqlite3.Connection, collection: Collection, id: str, event_ids: frozenset[str]) -> None:

@@ -52,6 +52,17 @@ class RecordStore(Protocol):
         """Write the whole document if the stored one has `version`; says whether it did. Raises `DuplicateRecord`."""
         ...
 
+    async def get_all(self, collection: Collection, ids: Sequence[str]) -> dict[str, Document]:
+        """Those of the documents that there are, by id, in one read."""
+        ...
+
+    async def put_all(self, collection: Collection, changes: Sequence[tuple[Document, int | None]]) -> list[bool]:
+        """Many writes at once: each document inserted (version None) or replaced if the stored one has the version.
+
+        Says of each whether it was written; it was not where the version, the id or a unique value stood against it.
+        """
+        ...
+
     async def find(
         self,
         collection: Collection,
@@ -68,8 +79,12 @@ class RecordStore(Protocol):
         """Documents with a non-empty outbox."""
         ...
 
-    async def settle(self, collection: Collection, id: str, event_ids: Sequence[str]) -> None:
-        """Take published events out of a document's outbox."""
+    async def settle(self, settled: Sequence[tuple[Collection, str, Sequence[str]]]) -> None:
+        """Take published events out of their documents' outboxes, by collection, document id and event ids."""
+        ...
+
+    async def clear(self, collection: Collection) -> None:
+        """Delete all documents of a collection."""
         ...
 
     async def journal(self, stored: Sequence[dict[str, Any]]) -> None:
@@ -78,6 +93,10 @@ class RecordStore(Protocol):
 
     async def read_journal(self, *, after: int = 0, limit: int = 1000, key: str | None = None) -> list[JournalEntry]:
         """Entries behind position `after`, in order; only those of one aggregate when `key` is given."""
+        ...
+
+    async def journalled(self, event_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Those of the events that the journal has, by id, as they were stored."""
         ...
 
     async def aclose(self) -> None: ...

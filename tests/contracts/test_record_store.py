@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -55,6 +56,23 @@ async def test_compare_and_set_has_one_winner(store: RecordStore) -> None:
         assert sum(await asyncio.gather(*writes)) == 1
 
 
+async def test_many_are_written_and_read_at_once(store: RecordStore) -> None:
+    await store.insert(THINGS, thing("a"))
+    await store.insert(THINGS, thing("b"))
+    changes: list[tuple[Document, int | None]] = [
+        ({**thing("a"), "version": 2}, 1), ({**thing("b"), "version": 9}, 8), (thing("a"), None), (thing("c"), None),
+        (thing("d", name="c"), None), *((thing(f"more{n:04}"), None) for n in range(1200)),
+    ]  # fmt: skip
+    written = await store.put_all(THINGS, changes)
+    assert written == [True, False, False, True, False, *[True] * 1200]
+    ids = [document["_id"] for document, _ in changes]
+    found = await store.get_all(THINGS, [*ids, "nobody"])
+    assert set(found) == set(ids) - {"d"}
+    assert (found["a"]["version"], found["b"]["version"]) == (2, 1)
+    await store.clear(THINGS)
+    assert await store.find(THINGS, {}, limit=1) == []
+
+
 async def test_lists_newest_first_by_keyset(store: RecordStore) -> None:
     for n in range(25):
         await store.insert(THINGS, thing(f"t{n:02}", at=f"2026-01-{1 + n // 2:02}"))
@@ -72,14 +90,14 @@ async def test_outbox_is_pending_until_settled(store: RecordStore) -> None:
     await store.insert(THINGS, thing("b"))
     (found,) = await store.pending([THINGS], 10)
     assert found[1]["_id"] == "a"
-    await store.settle(THINGS, "a", ["a-0"])
+    await store.settle([(THINGS, "a", ["a-0"])])
     after = await store.get(THINGS, "a")
     assert after is not None
     assert [entry["headers"]["ce_id"] for entry in after["outbox"]] == ["a-1"]
     assert not await store.replace(THINGS, {**thing("a", events=2), "version": 2}, 1), (
         "a stale write brings nothing back"
     )
-    await store.settle(THINGS, "a", ["a-1"])
+    await store.settle([(THINGS, "a", ["a-1"]), (THINGS, "gone", ["x"])])
     assert await store.pending([THINGS], 10) == []
 
 
@@ -91,6 +109,13 @@ async def test_journal_keeps_each_event_once_and_in_order(store: RecordStore) ->
     assert [entry.stored for entry in read] == entries
     assert [entry.event_id for entry in await store.read_journal(after=read[1].position)] == ["a-2", "b-0"]
     assert [entry.event_id for entry in await store.read_journal(key="b")] == ["b-0"]
+
+
+async def test_the_journal_tells_events_by_id(store: RecordStore) -> None:
+    first, second = thing("a", events=2)["outbox"]
+    await store.journal([first, second])
+    assert await store.journalled(["a-1", "forged"]) == {"a-1": second}
+    assert await store.journalled([]) == {}
 
 
 async def test_a_second_process_sees_and_fences(store: RecordStore, tmp_path: Path) -> None:
@@ -108,6 +133,10 @@ async def test_a_locked_store_is_unavailable_soon(store: RecordStore, tmp_path: 
     with pytest.raises(Unavailable):
         await store.insert(THINGS, thing("b"))
     assert await store.get(THINGS, "a") is not None, "readers go on"
+    before = time.monotonic()
+    queued = await asyncio.gather(*(store.insert(THINGS, thing(f"q{n}")) for n in range(20)), return_exceptions=True)
+    assert all(isinstance(answer, Unavailable) for answer in queued)
+    assert time.monotonic() - before < 3, "nobody waits for those before him"
     lock.execute("ROLLBACK")
     lock.close()
     await store.insert(THINGS, thing("b"))
@@ -116,6 +145,6 @@ async def test_a_locked_store_is_unavailable_soon(store: RecordStore, tmp_path: 
 async def test_a_new_store_may_be_opened_by_many_at_once(tmp_path: Path) -> None:
     for attempt in range(40):
         stores = [SqliteStore(tmp_path / f"{attempt}.sqlite", [THINGS]) for _ in range(8)]
-        await asyncio.gather(*(work for s in stores for work in (s.get(THINGS, "a"), s.settle(THINGS, "a", []))))
+        await asyncio.gather(*(work for s in stores for work in (s.get(THINGS, "a"), s.settle([(THINGS, "a", [])]))))
         for store in stores:
             await store.aclose()

@@ -1,0 +1,44 @@
+"""What all tests share: the real services of `make test-real`, and no silent skips where that was promised."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fakes import real_kafka
+from tests.fakes.real_kafka import RealKafka
+
+NO_SKIP = "MINI_STUDIO_TEST_NO_SKIP"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """With `MINI_STUDIO_TEST_NO_SKIP=1` a skipped test is a failed one."""
+    report = yield
+    if os.environ.get(NO_SKIP) and report.skipped:
+        report.outcome = "failed"
+    return report
+
+
+@pytest.fixture(scope="session")
+def stoppable_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKafka]:
+    """A real broker that a test may kill and pause."""
+    script = real_kafka.script()
+    if script is None:
+        pytest.skip(real_kafka.HOW_TO_STOP_IT)
+    # session timeouts of a second or so make tests of a lost member quick
+    kafka = RealKafka.start(script, tmp_path_factory.mktemp("kafka"), "group.min.session.timeout.ms=1000")
+    yield kafka
+    kafka.stop()
+
+
+@pytest.fixture(scope="session")
+def real_bootstrap(request: pytest.FixtureRequest) -> str:
+    """The address of a real broker."""
+    given = os.environ.get(real_kafka.ADDRESS)
+    if given:
+        return given
+    if real_kafka.script() is None:
+        pytest.skip(real_kafka.HOW)
+    kafka: RealKafka = request.getfixturevalue("stoppable_kafka")
+    return kafka.bootstrap

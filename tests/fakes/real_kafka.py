@@ -1,0 +1,64 @@
+"""A real Apache Kafka for tests: at the address given, or started by the script of a folder given.
+
+`MINI_STUDIO_TEST_KAFKA=host:port` names a running one (of `docker compose`, for instance). `MINI_STUDIO_TEST_REAL=DIR`, which
+`make test-real` sets, names a folder with a script `kafka`: `install`, `start DATA PORT [key=value ...]`, `start DATA`, `stop DATA`,
+`kill DATA`, `pause DATA`, `resume DATA`. Tests that kill or pause the broker need the script.
+"""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.fakes.broker import free_port
+
+ADDRESS, SCRIPTS = "MINI_STUDIO_TEST_KAFKA", "MINI_STUDIO_TEST_REAL"
+HOW = f"needs a real Apache Kafka: run `make test-real`, or set {ADDRESS}=host:port"
+HOW_TO_STOP_IT = (
+    f"kills and pauses a real Apache Kafka: run `make test-real`, or set {SCRIPTS} to a folder with the script `kafka`"
+)
+
+
+def script() -> Path | None:
+    """The script that starts and stops a Kafka, if there is one."""
+    folder = os.environ.get(SCRIPTS)
+    return Path(folder).resolve() / "kafka" if folder else None
+
+
+@dataclass
+class RealKafka:
+    """One broker started by the script, with its data in `data`."""
+
+    script: Path
+    data: Path
+    port: int
+
+    @classmethod
+    def start(cls, script: Path, data: Path, *options: str) -> "RealKafka":
+        """`options` are server properties, `key=value`. Raises `CalledProcessError` when it does not come up."""
+        kafka = cls(script, data, free_port())
+        subprocess.run([str(script), "install"], check=True, stdout=subprocess.DEVNULL)
+        kafka._call("start", str(kafka.port), *options)
+        return kafka
+
+    @property
+    def bootstrap(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start_again(self) -> None:
+        self._call("start")
+
+    def stop(self) -> None:
+        self._call("stop")
+
+    def kill(self) -> None:
+        self._call("kill")
+
+    def pause(self) -> None:
+        self._call("pause")
+
+    def resume(self) -> None:
+        self._call("resume")
+
+    def _call(self, verb: str, *rest: str) -> None:
+        subprocess.run([str(self.script), verb, str(self.data), *rest], check=True, stdout=subprocess.DEVNULL)
