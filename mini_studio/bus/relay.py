@@ -5,7 +5,9 @@ Two relays on one entry make duplicates, never losses; readers drop those by seq
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,6 +23,8 @@ log = structlog.get_logger(__name__)
 
 BATCH = 200
 """Entries published at once: few enough to be acknowledged within the publish timeout, or none would ever be settled."""
+SWEEP = 1000
+"""Entries read and journalled at once, and then published batch by batch: few enough not to hold up other writers."""
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
 
 
@@ -29,6 +33,33 @@ def outgoing(stored: dict[str, Any]) -> Outgoing:
     value = stored["value"]
     headers = [(name, text.encode()) for name, text in stored["headers"].items()]
     return Outgoing(stored["topic"], stored["key"].encode(), None if value is None else value.encode(), headers)
+
+
+@dataclass(frozen=True)
+class Due:
+    """A document and the oldest events of its outbox."""
+
+    collection: Collection
+    id: str
+    entries: list[dict[str, Any]]
+
+
+def id_of(stored: dict[str, Any]) -> str:
+    return str(stored["headers"]["ce_id"])
+
+
+def batches(due: Sequence[Due]) -> Iterator[list[Due]]:
+    """In their order, as many at once as have `BATCH` entries together; none has more."""
+    batch: list[Due] = []
+    room = BATCH
+    for one in due:
+        if len(one.entries) > room:
+            yield batch
+            batch, room = [], BATCH
+        batch.append(one)
+        room -= len(one.entries)
+    if batch:
+        yield batch
 
 
 class Relay:
@@ -92,35 +123,45 @@ class Relay:
             self.problem = f"failed unexpectedly: {error!r}"
 
     async def sweep(self) -> int:
-        """Publish a batch of what is pending now; how many events went out. Raises `Unavailable`."""
-        pending = await self._store.pending(self._collections, BATCH)
+        """Publish what is pending now, up to `SWEEP` events; how many went out. Raises `Unavailable`."""
+        pending = await self._store.pending(self._collections, SWEEP)
         OUTBOX_PENDING.set(len(pending))
         due = list(self._due(pending))
-        if not due:
-            return 0
-        entries = [entry for _, _, oldest in due for entry in oldest]
+        entries = [entry for one in due for entry in one.entries]
         journalled = [entry for entry in entries if entry["topic"] != ROUTES]
         if journalled:
             await self._store.journal(journalled)
-        await self._publisher.publish([outgoing(entry) for entry in entries])
-        await self._store.settle(
-            [(collection, id, [entry["headers"]["ce_id"] for entry in oldest]) for collection, id, oldest in due]
-        )
-        for entry in entries:
-            EVENTS_OUT.labels(entry["topic"], entry["headers"].get("ce_type", "route")).inc()
-            log.debug("relay.published", event_id=entry["headers"]["ce_id"], type=entry["headers"].get("ce_type"))
+        settling: asyncio.Task[None] | None = None
+        try:
+            for batch in batches(due):
+                await self._publisher.publish([outgoing(entry) for one in batch for entry in one.entries])
+                if settling is not None:
+                    await settling
+                # The next batch is published meanwhile. No two batches share a document, so each one's order is kept.
+                settling = asyncio.create_task(self._settle(batch))
+        finally:
+            if settling is not None:
+                await settling
         return len(entries)
 
-    def _due(
-        self, pending: list[tuple[Collection, Document]]
-    ) -> Iterator[tuple[Collection, str, list[dict[str, Any]]]]:
-        """The oldest entries of each document that is due, at most `BATCH` together."""
-        room = BATCH
+    async def _settle(self, batch: list[Due]) -> None:
+        """Take what was published out of the outboxes."""
+        await self._store.settle([(one.collection, one.id, [id_of(entry) for entry in one.entries]) for one in batch])
+        entries = [entry for one in batch for entry in one.entries]
+        for (topic, type_), count in Counter(
+            (e["topic"], e["headers"].get("ce_type", "route")) for e in entries
+        ).items():
+            EVENTS_OUT.labels(topic, type_).inc(count)
+        log.debug("relay.published", event_ids=[id_of(entry) for entry in entries])
+
+    def _due(self, pending: list[tuple[Collection, Document]]) -> Iterator[Due]:
+        """The oldest entries of each document that is due: at most a batch of one document, at most `SWEEP` together."""
+        room = SWEEP
         for collection, document in pending:
             if room and self._is_due(document):
-                oldest = document["outbox"][:room]
+                oldest = document["outbox"][: min(room, BATCH)]
                 room -= len(oldest)
-                yield collection, document["_id"], oldest
+                yield Due(collection, document["_id"], oldest)
 
     def _is_due(self, document: Document) -> bool:
         time = document["outbox"][0]["headers"].get("ce_time")

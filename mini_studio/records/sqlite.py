@@ -1,6 +1,7 @@
 """The record store in one SQLite file, shared by several processes: WAL, a busy timeout, `BEGIN IMMEDIATE` around every write."""
 
 import asyncio
+import itertools
 import re
 import sqlite3
 import time
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 UNIQUE_FAILED = re.compile(r"UNIQUE constraint failed: (?:index '(\w+)'|([\w.]+))")
 
+DOCUMENT = "version, outbox, doc"
+"""A document's columns. Version and outbox stand beside the rest, so settling an outbox touches neither the rest nor its indexes."""
 MAX_VARIABLES = 500
 """Ids in one query: SQLite's least limit is 999."""
 JOURNAL_SCHEMA = """
@@ -44,12 +47,12 @@ class SqliteStore:
         await self._write(lambda db: _insert(db, collection, document))
 
     async def get(self, collection: Collection, id: str) -> Document | None:
-        rows = await self._read(f"SELECT doc FROM {collection.name} WHERE id = ?", (id,))  # noqa: S608
-        return orjson.loads(rows[0][0]) if rows else None
+        rows = await self._read(f"SELECT {DOCUMENT} FROM {collection.name} WHERE id = ?", (id,))  # noqa: S608
+        return _decode(*rows[0]) if rows else None
 
     async def get_all(self, collection: Collection, ids: Sequence[str]) -> dict[str, Document]:
-        rows = await self._read_some(f"SELECT id, doc FROM {collection.name} WHERE id IN ", ids)  # noqa: S608
-        return {id: orjson.loads(doc) for id, doc in rows}
+        rows = await self._read_some(f"SELECT id, {DOCUMENT} FROM {collection.name} WHERE id IN ", ids)  # noqa: S608
+        return {id: _decode(*row) for id, *row in rows}
 
     async def put_all(self, collection: Collection, changes: Sequence[tuple[Document, int | None]]) -> list[bool]:
         return await self._write(lambda db: [_put(db, collection, *change) for change in changes])
@@ -74,25 +77,24 @@ class SqliteStore:
         order = "DESC" if newest_first else "ASC"
         filters = f"WHERE {' AND '.join(conditions)}" if conditions else ""
         sql = (
-            f"SELECT doc FROM {collection.name} {filters} "  # noqa: S608
+            f"SELECT {DOCUMENT} FROM {collection.name} {filters} "  # noqa: S608
             f"ORDER BY {_field('created_at')} {order}, id {order} LIMIT ?"
         )
-        return [orjson.loads(row[0]) for row in await self._read(sql, (*values, limit))]
+        return [_decode(*row) for row in await self._read(sql, (*values, limit))]
 
     async def pending(self, collections: Sequence[Collection], limit: int) -> list[tuple[Collection, Document]]:
-        found: list[tuple[Collection, Document]] = []
-        for collection in collections:
-            sql = f"SELECT doc FROM {collection.name} WHERE pending = 1 LIMIT ?"  # noqa: S608
-            rows = await self._read(sql, (limit - len(found),))
-            found += [(collection, orjson.loads(row[0])) for row in rows]
-            if len(found) >= limit:
-                break
-        return found
+        sql = "SELECT id, outbox FROM {} WHERE pending = 1 LIMIT ?"
+        each = [await self._read(sql.format(collection.name), (limit,)) for collection in collections]
+        # The collections take turns: a long backlog of one must not hold up the others.
+        turns = itertools.zip_longest(*each)
+        rows = [(c, row) for turn in turns for c, row in zip(collections, turn, strict=True) if row is not None]
+        return [(c, {"_id": id, "outbox": orjson.loads(outbox)}) for c, (id, outbox) in rows[:limit]]
 
     async def settle(self, settled: Sequence[tuple[Collection, str, Sequence[str]]]) -> None:
         def work(db: sqlite3.Connection) -> None:
             for collection, id, event_ids in settled:
-                _settle(db, collection, id, frozenset(event_ids))
+                if not _settle_whole(db, collection, id, event_ids):
+                    _settle(db, collection, id, frozenset(event_ids))
 
         await self._write(work)
 
@@ -132,6 +134,8 @@ class SqliteStore:
         made_by = zlib.crc32("".join(schema).encode()) >> 1
         if db.execute("PRAGMA user_version").fetchone()[0] != made_by:
             db.execute("BEGIN IMMEDIATE")
+            for collection in self._collections:
+                _give_outbox_its_column(db, collection.name)
             for statement in schema:
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {made_by}")
@@ -200,10 +204,7 @@ class SqliteStore:
 def _schema(collections: Sequence[Collection]) -> list[str]:
     statements = [part for part in JOURNAL_SCHEMA.split(";") if part.strip()]
     for c in collections:
-        statements.append(
-            f"CREATE TABLE IF NOT EXISTS {c.name} (id TEXT PRIMARY KEY, version INTEGER NOT NULL, "
-            "pending INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID"
-        )
+        statements.append(_table(c.name))
         statements.append(f"CREATE INDEX IF NOT EXISTS {c.name}_pending ON {c.name} (pending) WHERE pending = 1")
         statements += [f"CREATE UNIQUE INDEX IF NOT EXISTS {c.name}_u_{f} ON {c.name} ({_field(f)})" for f in c.unique]
         statements += [
@@ -213,26 +214,54 @@ def _schema(collections: Sequence[Collection]) -> list[str]:
     return statements
 
 
+def _table(name: str) -> str:
+    # With rowids, so that what waits longest is found first, and a document of a few KB takes no page of its own.
+    return (
+        f"CREATE TABLE IF NOT EXISTS {name} (id TEXT PRIMARY KEY NOT NULL, version INTEGER NOT NULL, "
+        "pending INTEGER NOT NULL, outbox TEXT NOT NULL, doc TEXT NOT NULL)"
+    )
+
+
+def _give_outbox_its_column(db: sqlite3.Connection, name: str) -> None:
+    """Bring a table of the first files, which had version and outbox inside the document, to the present form."""
+    columns = {row[1] for row in db.execute(f"PRAGMA table_info({name})")}
+    if not columns or "outbox" in columns:
+        return
+    db.execute(_table(f"{name}_new"))
+    db.execute(
+        f"INSERT INTO {name}_new SELECT id, version, pending, doc -> '$.outbox', "  # noqa: S608
+        f"json_remove(doc, '$.outbox', '$.version') FROM {name}"
+    )
+    db.execute(f"DROP TABLE {name}")
+    db.execute(f"ALTER TABLE {name}_new RENAME TO {name}")
+
+
 def _field(name: str) -> str:
     if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
         raise ValueError(f"not a field name: {name!r}")
     return "id" if name == "_id" else f"doc ->> '$.{name}'"
 
 
-def _encode(document: Document) -> str:
-    # SQLite's JSON functions read text; bytes would be stored as a blob.
-    return orjson.dumps(document).decode()
+def _row(document: Document) -> tuple[int, int, str, str]:
+    """Version, pending, outbox and the rest. SQLite's JSON functions read text; bytes would be stored as a blob."""
+    rest = {name: value for name, value in document.items() if name not in ("version", "outbox")}
+    outbox = orjson.dumps(document["outbox"]).decode()
+    return document["version"], int(bool(document["outbox"])), outbox, orjson.dumps(rest).decode()
+
+
+def _decode(version: int, outbox: str, rest: str) -> Document:
+    return {**orjson.loads(rest), "version": version, "outbox": orjson.loads(outbox)}
 
 
 def _insert(db: sqlite3.Connection, collection: Collection, document: Document) -> None:
-    sql = f"INSERT INTO {collection.name} (id, version, pending, doc) VALUES (?, ?, ?, ?)"  # noqa: S608
-    row = (document["_id"], document["version"], int(bool(document["outbox"])), _encode(document))
+    sql = f"INSERT INTO {collection.name} (version, pending, outbox, doc, id) VALUES (?, ?, ?, ?, ?)"  # noqa: S608
+    row = (*_row(document), document["_id"])
     _unique(lambda: db.execute(sql, row))
 
 
 def _replace(db: sqlite3.Connection, collection: Collection, document: Document, version: int) -> bool:
-    sql = f"UPDATE {collection.name} SET version = ?, pending = ?, doc = ? WHERE id = ? AND version = ?"  # noqa: S608
-    row = (document["version"], int(bool(document["outbox"])), _encode(document), document["_id"], version)
+    sql = f"UPDATE {collection.name} SET version = ?, pending = ?, outbox = ?, doc = ? WHERE id = ? AND version = ?"  # noqa: S608
+    row = (*_row(document), document["_id"], version)
     return bool(_unique(lambda: db.execute(sql, row)).rowcount == 1)
 
 
@@ -246,16 +275,26 @@ def _put(db: sqlite3.Connection, collection: Collection, document: Document, ver
     return True
 
 
+def _settle_whole(db: sqlite3.Connection, collection: Collection, id: str, event_ids: Sequence[str]) -> bool:
+    """Empty the outbox without reading it, if these are all its events; says whether it did.
+
+    Events are added at an outbox's end only, so one of that length with that last event holds these events and no others.
+    """
+    sql = (
+        f"UPDATE {collection.name} SET version = version + 1, pending = 0, outbox = '[]' "  # noqa: S608
+        "WHERE id = ? AND json_array_length(outbox) = ? AND outbox ->> '$[#-1].headers.ce_id' = ?"
+    )
+    return bool(event_ids) and db.execute(sql, (id, len(event_ids), event_ids[-1])).rowcount == 1
+
+
 def _settle(db: sqlite3.Connection, collection: Collection, id: str, event_ids: frozenset[str]) -> None:
-    row = db.execute(f"SELECT doc FROM {collection.name} WHERE id = ?", (id,)).fetchone()  # noqa: S608
+    row = db.execute(f"SELECT outbox FROM {collection.name} WHERE id = ?", (id,)).fetchone()  # noqa: S608
     if row is None:
         return
-    document: Document = orjson.loads(row[0])
-    version = document["version"]
-    document["outbox"] = [entry for entry in document["outbox"] if entry["headers"]["ce_id"] not in event_ids]
+    left = [entry for entry in orjson.loads(row[0]) if entry["headers"]["ce_id"] not in event_ids]
     # The version moves, so a concurrent compare-and-set cannot bring the published events back.
-    document["version"] = version + 1
-    _replace(db, collection, document, version)
+    sql = f"UPDATE {collection.name} SET version = version + 1, pending = ?, outbox = ? WHERE id = ?"  # noqa: S608
+    db.execute(sql, (int(bool(left)), orjson.dumps(left).decode(), id))
 
 
 def _unique(write: Callable[[], sqlite3.Cursor]) -> sqlite3.Cursor:

@@ -102,10 +102,42 @@ async def test_a_long_outbox_leaves_in_order_a_part_at_a_time(bootstrap: str, tm
         await studio.jobs.insert(run.model_copy(update={"outbox": tuple(entries)}))
         await studio.jobs.insert(short)
         relay = Relay(studio.store, publisher, [Job.COLLECTION])
-        assert [await relay.sweep() for _ in range(4)] == [BATCH, BATCH, 6, 0]
+        assert [await relay.sweep() for _ in range(4)] == [BATCH + 1, BATCH, 5, 0]
     log = await read_all(bootstrap, Topic.FINE_TUNES)
     sent = [dict(r.headers)["ce_id"].decode() for r in log if r.key == run.id.encode()]
     assert sent == [f"{run.id}-{n}" for n in range(many)]
+
+
+class WatchedBroker(Publisher):
+    """Goes away at one call of `publish`, and notes whether everything it was given stood in the journal."""
+
+    def __init__(self, studio: Studio, fails_at: int) -> None:
+        super().__init__(studio.settings.kafka)
+        self.store, self.fails_at, self.calls = studio.store, fails_at, 0
+
+    async def publish(self, records: Sequence[Outgoing]) -> None:
+        ids = [dict(record.headers)["ce_id"].decode() for record in records]
+        assert set(await self.store.journalled(ids)) == set(ids), "journal first"
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise Unavailable("timed out")
+        await super().publish(records)
+
+
+async def test_what_was_acknowledged_is_settled_though_a_later_batch_fails(bootstrap: str, tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path, kafka=Kafka(bootstrap=bootstrap, partitions=1))
+    await create_topics(settings.kafka)
+    jobs_ = [a_request() for _ in range(BATCH * 2 + 5)]
+    async with open_studio(settings) as studio, WatchedBroker(studio, fails_at=2) as publisher:
+        await studio.store.put_all(Job.COLLECTION, [(job.document(), None) for job in jobs_])
+        relay = Relay(studio.store, publisher, [Job.COLLECTION])
+        with pytest.raises(Unavailable):
+            await relay.sweep()
+        assert len(await studio.store.pending([Job.COLLECTION], 1000)) == BATCH + 5
+        assert await relay.sweep() == BATCH + 5
+        assert await relay.sweep() == 0
+    keys = [record.key.decode() for record in await read_all(bootstrap, Topic.FINE_TUNES)]
+    assert all(keys.count(job.id) == 1 for job in jobs_)
 
 
 async def test_an_outage_is_waited_out_in_order(studio: Studio) -> None:

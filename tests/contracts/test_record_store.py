@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import orjson
 import pytest
 
 from mini_studio.errors import Unavailable
@@ -101,6 +102,59 @@ async def test_outbox_is_pending_until_settled(store: RecordStore) -> None:
     assert await store.pending([THINGS], 10) == []
 
 
+async def test_what_was_added_since_it_was_read_stays_in_the_outbox(store: RecordStore) -> None:
+    await store.insert(THINGS, thing("a", events=2))
+    assert await store.replace(THINGS, {**thing("a", events=3), "version": 2}, 1)
+    await store.settle([(THINGS, "a", ["a-0", "a-1"])])
+    await store.settle([(THINGS, "a", ["a-0", "a-1"])])
+    after = await store.get(THINGS, "a")
+    assert after is not None
+    assert [entry["headers"]["ce_id"] for entry in after["outbox"]] == ["a-2"]
+    await store.settle([(THINGS, "a", ["of another time"])])
+    await store.settle([(THINGS, "a", ["a-2"])])
+    assert await store.pending([THINGS], 10) == []
+
+
+async def test_settling_races_changes_and_neither_is_lost(store: RecordStore) -> None:
+    """A change that read the outbox before it was settled loses, and so does a settling that knows less than there is."""
+    await store.insert(THINGS, thing("a"))
+    published: list[str] = []
+
+    async def decide(number: int) -> None:
+        while True:
+            found = await store.get(THINGS, "a")
+            assert found is not None
+            entry = {"topic": "t", "key": "a", "headers": {"ce_id": f"e{number}"}, "value": "{}"}
+            changed = {**found, "version": found["version"] + 1, "outbox": [*found["outbox"], entry]}
+            if await store.replace(THINGS, changed, found["version"]):
+                return
+
+    async def relay() -> None:
+        while len(published) < 60:
+            for _, document in await store.pending([THINGS], 10):
+                ids = [entry["headers"]["ce_id"] for entry in document["outbox"]]
+                published.extend(ids)
+                await store.settle([(THINGS, "a", ids)])
+
+    async def decide_many(first: int) -> None:
+        for number in range(first, first + 20):
+            await decide(number)
+
+    await asyncio.wait_for(asyncio.gather(relay(), *(decide_many(first) for first in (0, 20, 40))), 60)
+    assert sorted(published) == sorted(f"e{number}" for number in range(60)), "each once"
+
+
+async def test_pending_collections_take_turns(tmp_path: Path) -> None:
+    others = Collection("others")
+    store = SqliteStore(tmp_path / "records.sqlite", [THINGS, others])
+    for n in range(10):
+        await store.insert(THINGS, thing(f"a{n}", events=1))
+    await store.insert(others, thing("b", events=1))
+    found = await store.pending([THINGS, others], 4)
+    assert [document["_id"] for _, document in found] == ["a0", "b", "a1", "a2"], "and the oldest first"
+    await store.aclose()
+
+
 async def test_journal_keeps_each_event_once_and_in_order(store: RecordStore) -> None:
     entries = thing("a", events=3)["outbox"] + thing("b", events=1)["outbox"]
     await store.journal(entries)
@@ -148,3 +202,25 @@ async def test_a_new_store_may_be_opened_by_many_at_once(tmp_path: Path) -> None
         await asyncio.gather(*(work for s in stores for work in (s.get(THINGS, "a"), s.settle([(THINGS, "a", [])]))))
         for store in stores:
             await store.aclose()
+
+
+async def test_a_file_of_before_the_outbox_had_its_column_is_brought_over(tmp_path: Path) -> None:
+    file = tmp_path / "records.sqlite"
+    old = sqlite3.connect(file, isolation_level=None)
+    old.execute(
+        "CREATE TABLE things (id TEXT PRIMARY KEY, version INTEGER NOT NULL, "
+        "pending INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID"
+    )
+    old.execute("CREATE UNIQUE INDEX things_u_name ON things (doc ->> '$.name')")
+    held = [thing("a", events=2), thing("b")]
+    for document in held:
+        row = (document["_id"], 1, int(bool(document["outbox"])), orjson.dumps(document).decode())
+        old.execute("INSERT INTO things VALUES (?, ?, ?, ?)", row)
+    old.close()
+    store = SqliteStore(file, [THINGS])
+    assert [await store.get(THINGS, document["_id"]) for document in held] == held
+    await store.settle([(THINGS, "a", ["a-0", "a-1"])])
+    assert await store.pending([THINGS], 10) == []
+    with pytest.raises(DuplicateRecord):
+        await store.insert(THINGS, thing("c", name="a"))
+    await store.aclose()
