@@ -15,7 +15,6 @@ from mini_studio.bus.consumer import Consumer
 from mini_studio.records.deployments import Deployment
 from mini_studio.records.record import ANYONE
 from mini_studio.records.routes import RouteRecord
-from mini_studio.records.store import DuplicateRecord
 from mini_studio.wiring import Studio
 
 consumer = Consumer("routes")
@@ -27,22 +26,19 @@ consumer = Consumer("routes")
 async def project(envelopes: list[Envelope[Any]], studio: Studio) -> None:
     """Apply the events to their deployment records, and publish the routes that they change."""
     await studio.deployments.apply_all(envelopes)
-    for id in dict.fromkeys(envelope.subject for envelope in envelopes):
-        deployment = await studio.deployments.get(ANYONE, id)
-        if deployment is not None:
-            await follow(deployment, studio)
+    ids = list(dict.fromkeys(envelope.subject for envelope in envelopes))
+    deployments = await studio.deployments.get_all(ANYONE, ids)
+    before = await studio.routes.get_all(ANYONE, ids)
+    after = [before[id].following(d) if id in before else RouteRecord.of(d) for id, d in deployments.items()]
+    for id in await studio.routes.put_all([route for route in after if route is not before.get(route.id)], before):
+        await follow(id, studio)
 
 
-async def follow(deployment: Deployment, studio: Studio) -> None:
-    """Bring the route in line with the deployment, again even after a crash between the two writes."""
-    if await studio.routes.get(ANYONE, deployment.id) is None:
-        try:
-            await studio.routes.insert(RouteRecord.of(deployment))
-        except DuplicateRecord:
-            pass
-        else:
-            return
-    await studio.routes.change(deployment.client_code, deployment.id, lambda route: changed(route, deployment))
+async def follow(id: str, studio: Studio) -> None:
+    """Bring a route that somebody else wrote meanwhile in line with its deployment."""
+    deployment = await studio.deployments.get(ANYONE, id)
+    if deployment is not None:
+        await studio.routes.change(ANYONE, id, lambda route: changed(route, deployment))
 
 
 def changed(route: RouteRecord, deployment: Deployment) -> RouteRecord | None:

@@ -1,6 +1,6 @@
 """Records that are nothing but their events, folded: `fold(events)` gives the same document live and on replay."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 
@@ -86,19 +86,13 @@ def fold(projection: type[P], events: Iterable[Envelope[Any]]) -> P | None:
     return record
 
 
-def later(record: Projection, history: Iterable[Envelope[Any]]) -> Iterator[bool]:
-    """Which of the events the record has not seen."""
-    return (envelope.sequence > record.last(envelope) for envelope in history)
-
-
 def advance(record: P, history: Iterable[Envelope[Any]]) -> P | None:
-    """The record after these events; None when one is missing before them, or nothing is new."""
-    present = record
+    """The record after these events, the same one if nothing is new; None when an event is missing before them."""
     for envelope in history:
-        if envelope.sequence > present.last(envelope) + 1:
+        if envelope.sequence > record.last(envelope) + 1:
             return None
-        present = present.apply(envelope) or present
-    return None if present is record else present
+        record = record.apply(envelope) or record
+    return record
 
 
 class Projections(Repository[P]):
@@ -118,21 +112,25 @@ class Projections(Repository[P]):
         return await self.change(ANYONE, envelope.subject, lambda present: present.apply(envelope))
 
     async def apply_all(self, envelopes: Iterable[Envelope[Any]]) -> None:
-        """Apply events in order, with one read, and at most one write, for each record."""
+        """Apply events in order, with one read and one write for all their records.
+
+        Records that somebody else changed meanwhile, and those of which events are missing, are done one event at a time.
+        """
         histories: dict[str, list[Envelope[Any]]] = {}
         for envelope in envelopes:
             histories.setdefault(envelope.subject, []).append(envelope)
-        for subject, history in histories.items():
-            record = await self.get(ANYONE, subject)
-            if record is None or any(later(record, history)):
-                await self._apply_history(history)
-
-    async def _apply_history(self, history: list[Envelope[Any]]) -> None:
-        first, *rest = history
-        await self.apply(first)
-        if rest and await self.change(ANYONE, first.subject, lambda present: advance(present, rest)) is None:
-            for envelope in rest:
+        before = await self.get_all(ANYONE, list(histories))
+        after = {id: self._after(before.get(id), history) for id, history in histories.items()}
+        changed = [record for id, record in after.items() if record is not None and record is not before.get(id)]
+        lost = await self.put_all(changed, before)
+        for id in (*lost, *(id for id, record in after.items() if record is None)):
+            for envelope in histories[id]:
                 await self.apply(envelope)
+
+    def _after(self, record: P | None, history: list[Envelope[Any]]) -> P | None:
+        """The record after these events; None when an event is missing before them."""
+        present = record or self._projection.begin(history[0])
+        return None if present is None else advance(present, history)
 
     async def _begin(self, envelope: Envelope[Any]) -> P | None:
         record = self._projection.begin(envelope)

@@ -5,7 +5,7 @@ Two kinds of record:
 - a *projection* (dataset, job, deployment) is `fold(events)`: dropped and replayed, it comes back identical.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -79,6 +79,27 @@ class Repository(Generic[R]):
         """The record, or None when it is not there or another tenant's."""
         document = await self._document(tenant, id)
         return None if document is None else self._record.load(document)
+
+    async def get_all(self, tenant: str, ids: Sequence[str]) -> dict[str, R]:
+        """Those of the tenant's records that there are, by id, in one read."""
+        found = await self._store.get_all(self.collection, ids)
+        return {id: self._record.load(d) for id, d in found.items() if tenant in (ANYONE, d["client_code"])}
+
+    async def put_all(self, changed: Sequence[R], before: Mapping[str, R]) -> list[str]:
+        """Write many at once, each over the one in `before` that it was made from, or as a new one.
+
+        Gives the ids of those that were not written, because somebody else had changed or made them meanwhile.
+        """
+        if not changed:
+            return []
+        writes: list[tuple[Document, int | None]] = []
+        for record in changed:
+            version = before[record.id].version if record.id in before else None
+            writes.append(({**record.document(), "version": (version or 0) + 1}, version))
+        written = await self._store.put_all(self.collection, writes)
+        if any(record.outbox for record in changed):
+            self._wake()
+        return [record.id for record, done in zip(changed, written, strict=True) if not done]
 
     async def insert(self, record: R) -> None:
         """Write a new record and its events at once. Raises `DuplicateRecord`."""

@@ -169,6 +169,10 @@ def insert(collection: str) -> tuple[str, str]:
     return "insert", collection
 
 
+def put_all(collection: str) -> tuple[str, str]:
+    return "put_all", collection
+
+
 CASES = {
     case.consumer: case
     for case in (
@@ -178,8 +182,8 @@ CASES = {
             "serving", Topic.DEPLOYMENTS, a_deployment, served,
             ["deployment.applied.v1", "deployment.ready.v1"], insert("releases"),
         ),
-        Case("jobs", Topic.FINE_TUNES, a_started_fine_tune, job_runs, [], ("replace", "jobs")),
-        Case("routes", Topic.DEPLOYMENTS, a_ready_deployment, routed, [], insert("routes")),
+        Case("jobs", Topic.FINE_TUNES, a_started_fine_tune, job_runs, [], put_all("jobs")),
+        Case("routes", Topic.DEPLOYMENTS, a_ready_deployment, routed, [], put_all("routes")),
     )
 }  # fmt: skip
 
