@@ -1,0 +1,233 @@
+"""What delivery costs, and how fast records follow the log: `python -m benchmarks.consume [--bootstrap HOST:PORT]`.
+
+Without `--bootstrap` it starts the embedded broker. The log is filled once, with JOBS finished fine-tunes (ten events each) and
+as many deployments (three events each) one after another, and journalled; every reader below is a new group that reads it
+from its beginning, and counts from its first event to its last. It prints, in events a second, each round
+
+- our delivery: a `Consumer` whose handler only counts, so all that is measured is fetching, decoding and the delivery rules;
+- plain FastStream: a batch subscriber with the same settings whose handler decodes each record and calls the same handler
+  (target: ours >= 0.8x);
+- consumers `jobs` and `routes` as they are, into a new SQLite file, beside what `put_all` takes for the same documents in the
+  same batches (target: >= 5,000 events/s, or >= 0.9x of that);
+- ours and `jobs` again with one read of the journal a batch, which is what a check of where events come from costs.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from faststream import AckPolicy
+from faststream.kafka import KafkaBroker, KafkaMessage
+
+from benchmarks.catch_up import PER_JOB, history
+from benchmarks.publish import broker
+from consumers import jobs, routes
+from events.base import Cause, Envelope, Event
+from events.deployments import DeploymentApplied, DeploymentReady, DeployRequested, Scale
+from events.registry import decode
+from events.topics import Topic
+from events.types import DeploymentKind, new_id
+from mini_studio import logs
+from mini_studio.bus.consumer import Consumer, start_broker
+from mini_studio.bus.delivery import Delivery, no_decoding, parse
+from mini_studio.bus.kafka import create_topics
+from mini_studio.bus.relay import outgoing
+from mini_studio.records.store import Collection, Document
+from mini_studio.settings import Kafka, Log, Settings
+from mini_studio.wiring import Studio, open_studio
+
+Change = tuple[Document, int | None]
+PER_DEPLOYMENT = 3
+
+
+class Checked(Consumer):
+    """Reads the batch's events in the journal first, all in one read."""
+
+    def _handler(self, delivery: Delivery, studio: Any) -> Callable[[KafkaMessage], Awaitable[None]]:
+        handle = super()._handler(delivery, studio)
+
+        async def checked(message: KafkaMessage) -> None:
+            ids = [dict(record.headers)["ce_id"].decode() for record in message.raw_message]  # type: ignore[union-attr]
+            assert len(await studio.store.journalled(ids)) == len(ids)
+            await handle(message)
+
+        return checked
+
+
+class Stopwatch:
+    """From the first event to the last."""
+
+    def __init__(self, expected: int) -> None:
+        self._expected, self._count = expected, 0
+        self._started = 0.0
+        self.seconds = 0.0
+        self.done = asyncio.Event()
+
+    def handled(self, count: int) -> None:
+        self._started = self._started or time.perf_counter()
+        self._count += count
+        if self._count >= self._expected:
+            self.seconds = time.perf_counter() - self._started
+            self.done.set()
+
+
+def a_deployment() -> list[Envelope[Event]]:
+    """The events of one deployment that came up."""
+    id = new_id("dep")
+    name = f"vllm-base-{id[-12:]}"
+    scale = Scale(gpu_count=0, min_replicas=1, max_replicas=1, prometheus_threshold=5)
+    told: list[tuple[Event, int]] = [
+        (
+            DeployRequested(
+                deployment_id=id,
+                generation=1,
+                name=name,
+                kind=DeploymentKind.BASE,
+                model="m",
+                base_model="m",
+                scale=scale,
+            ),
+            1,
+        ),
+        (DeploymentApplied(deployment_id=id, generation=1, name=name), 1),
+        (DeploymentReady(deployment_id=id, generation=1, name=name, endpoints=["http://127.0.0.1:9"], replicas=1), 2),
+    ]
+    cause = Cause(correlation_id="benchmark")
+    return [Envelope.of(e, subject=id, sequence=n, client_code="bench", cause=cause) for e, n in told]
+
+
+async def fill(studio: Studio, count: int) -> None:
+    """Journal and publish the events of `count` jobs and `count` deployments."""
+    for told in (lambda: history(new_id("job")), a_deployment):
+        entries = [envelope.stored() for _ in range(count) for envelope in told()]
+        await studio.store.journal(entries)
+        for first in range(0, len(entries), 1000):
+            await studio.publisher.publish([outgoing(entry) for entry in entries[first : first + 1000]])
+
+
+async def timed(kafka_broker: KafkaBroker, watch: Stopwatch) -> float:
+    """Seconds until the broker's subscribers have handled everything."""
+    await start_broker(kafka_broker)
+    await asyncio.wait_for(watch.done.wait(), 300)
+    await kafka_broker.stop()
+    return watch.seconds
+
+
+async def ours(kind: type[Consumer], studio: Studio, events: int) -> float:
+    watch, consumer = Stopwatch(events), kind("jobs", group=str(uuid.uuid4()))
+
+    @consumer.on(*jobs.consumer.handlers)
+    async def count(envelope: Envelope[Any], studio: Studio) -> None:
+        watch.handled(1)
+
+    return events / await timed(consumer.broker(studio.settings.kafka, studio.publisher, studio), watch)
+
+
+async def plain(studio: Studio, events: int) -> float:
+    """FastStream with the settings of `Consumer.broker`, and none of our rules."""
+    watch, kafka = Stopwatch(events), studio.settings.kafka
+    kafka_broker = KafkaBroker(kafka.bootstrap, acks="all", allow_auto_create_topics=False, logger=None)
+
+    async def count(envelope: Envelope[Any], studio: Studio) -> None:
+        watch.handled(1)
+
+    @kafka_broker.subscriber(
+        Topic.FINE_TUNES.value, group_id=str(uuid.uuid4()), batch=True, max_records=jobs.consumer.max_records,
+        batch_timeout_ms=1000, auto_offset_reset="earliest", ack_policy=AckPolicy.NACK_ON_ERROR,
+        session_timeout_ms=kafka.session_timeout_ms, fetch_max_wait_ms=kafka.fetch_wait_ms,
+        parser=parse, decoder=no_decoding,
+    )  # fmt: skip
+    async def handle(message: KafkaMessage) -> None:
+        for record in message.raw_message:  # type: ignore[union-attr]
+            headers = {name: value.decode() for name, value in record.headers}
+            await count(decode(record.key, headers, record.value), studio)
+
+    return events / await timed(kafka_broker, watch)
+
+
+@contextlib.asynccontextmanager
+async def a_studio(kafka: Kafka) -> AsyncIterator[Studio]:
+    """On a new record file."""
+    with tempfile.TemporaryDirectory() as data:
+        async with open_studio(Settings(data=Path(data), kafka=kafka)) as studio:
+            yield studio
+
+
+async def projected(real: Consumer, kind: type[Consumer], filled: Studio, events: int) -> tuple[float, float]:
+    """Events a second of a projection consumer into a new file (with the same journal), and of its writes alone."""
+    consumer, watch = kind(real.name, group=str(uuid.uuid4())), Stopwatch(events)
+    project = real._projector
+    assert project is not None
+
+    @consumer.projects(*real.handlers)
+    async def follow(envelopes: list[Envelope[Any]], studio: Studio) -> None:
+        watch.handled(0)
+        await project(envelopes, studio)
+        watch.handled(len(envelopes))
+
+    kafka = filled.settings.kafka
+    async with a_studio(kafka) as studio:
+        await studio.store.journal([entry.stored for entry in await filled.store.read_journal(limit=1_000_000)])
+        put_all, writes = studio.store.put_all, list[tuple[Collection, Sequence[Change]]]()
+
+        async def noted(collection: Collection, changes: Sequence[Change]) -> list[bool]:
+            writes.append((collection, changes))
+            return await put_all(collection, changes)
+
+        studio.store.put_all = noted  # type: ignore[method-assign]
+        rate = events / await timed(consumer.broker(kafka, studio.publisher, studio), watch)
+    async with a_studio(kafka) as studio:
+        started = time.perf_counter()
+        for collection, changes in writes:
+            await studio.store.put_all(collection, changes)
+        return rate, events / (time.perf_counter() - started)
+
+
+async def measure(kafka: Kafka, count: int, rounds: int) -> None:
+    await create_topics(kafka)
+    tunes, deployments = count * PER_JOB, count * PER_DEPLOYMENT
+    ratios: dict[str, list[float]] = {}
+    async with a_studio(kafka) as filled:
+        await fill(filled, count)
+        for number in range(1, rounds + 1):
+            print(f"round {number}", flush=True)
+            base = await plain(filled, tunes)
+            print(f"  plain FastStream {base:,.0f}/s")
+            for kind in (Consumer, Checked):
+                rate = await ours(kind, filled, tunes)
+                note(ratios, f"our delivery, {kind.__name__}", rate, base)
+            for real, events, kind in (
+                (jobs.consumer, tunes, Consumer),
+                (jobs.consumer, tunes, Checked),
+                (routes.consumer, deployments, Consumer),
+            ):
+                note(ratios, f"{real.name}, {kind.__name__}", *await projected(real, kind, filled, events))
+    for name, values in ratios.items():
+        print(f"{name}: {statistics.median(values):.2f}x")
+
+
+def note(ratios: dict[str, list[float]], name: str, rate: float, base: float) -> None:
+    ratios.setdefault(name, []).append(rate / base)
+    print(f"  {name} {rate:,.0f}/s beside {base:,.0f}/s ({rate / base:.2f}x)", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bootstrap", help="a running Apache Kafka; without it, an embedded broker is started")
+    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    logs.configure(Log(), "benchmark")
+    with broker(args.bootstrap) as kafka:
+        asyncio.run(measure(kafka, args.jobs, args.rounds))
+
+
+if __name__ == "__main__":
+    main()
