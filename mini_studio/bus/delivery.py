@@ -11,6 +11,7 @@ What was buried of it comes again too, and is passed over.
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NoReturn
@@ -34,6 +35,8 @@ MAX_SURPRISES = 5
 
 
 Place = tuple[str, int, int]
+Handle = Callable[[Any, dict[str, str]], Awaitable[None]]
+"""Takes a record and its text headers."""
 
 
 def place(record: "ConsumerRecord[Any, Any]") -> Place:
@@ -53,10 +56,19 @@ def text_headers(record: "ConsumerRecord[Any, Any]") -> dict[str, str]:
 
 
 async def parse(records: Any, original: Callable[[Any], Awaitable[KafkaMessage]]) -> KafkaMessage:
-    """FastStream's batch parser without headers, which it would stumble over; `raw_message` keeps the records as they came."""
-    message = await original(tuple(replace(record, headers=()) for record in records))
+    """FastStream's batch parser without headers, which it would stumble over; `raw_message` keeps the records as they came.
+
+    It is shown the first and the last record, after which it names the batch: nobody asks it for what is between.
+    """
+    message = await original(tuple(replace(record, headers=()) for record in (records[0], records[-1])))
     message.raw_message = records
     return message
+
+
+def bound() -> AbstractContextManager[None]:
+    """Around the deliveries of a batch: what they bind to log lines does not outlive it."""
+    names = ("consumer", "event_id", "event_type", "subject", "request_id")
+    return structlog.contextvars.bound_contextvars(**dict.fromkeys(names))
 
 
 async def no_decoding(message: KafkaMessage) -> KafkaMessage:
@@ -77,32 +89,33 @@ class Delivery:
         self.buried: set[Place] = set()
         """Records that are dead-lettered and not acknowledged yet."""
 
-    async def deliver(self, record: "ConsumerRecord[Any, Any]", handle: Callable[[Any], Awaitable[None]]) -> None:
+    async def deliver(self, record: "ConsumerRecord[Any, Any]", handle: Handle) -> None:
         """Have one record handled. Raises `NackMessage` when it is put off."""
-        if place(record) in self.buried:
+        if self.buried and place(record) in self.buried:
             return
         headers = text_headers(record)
-        with structlog.contextvars.bound_contextvars(
+        # The next record's replace them, and `bound` takes the last ones back: that is a third of the work.
+        structlog.contextvars.bind_contextvars(
             consumer=self.consumer,
             event_id=headers.get("ce_id"),
             event_type=headers.get("ce_type"),
             subject=headers.get("ce_subject"),
             request_id=headers.get("ce_correlationid"),
-        ):
-            try:
-                await handle(record)
-            except UndecodableEvent as error:
-                await self.bury(record, error.reason)
-            except StudioError as error:
-                if error.retryable:
-                    await self.put_off(self.count_failure(record), error.message)
-                await self.bury(record, error.message)
-            except Exception as error:
-                log.exception("delivery.failed")
-                self.surprises[place(record)] = surprises = self.surprises.get(place(record), 0) + 1
-                if surprises < MAX_SURPRISES:
-                    await self.put_off(self.count_failure(record), repr(error))
-                await self.bury(record, f"failed {surprises} times; last: {error!r}")
+        )
+        try:
+            await handle(record, headers)
+        except UndecodableEvent as error:
+            await self.bury(record, error.reason)
+        except StudioError as error:
+            if error.retryable:
+                await self.put_off(self.count_failure(record), error.message)
+            await self.bury(record, error.message)
+        except Exception as error:
+            log.exception("delivery.failed")
+            self.surprises[place(record)] = surprises = self.surprises.get(place(record), 0) + 1
+            if surprises < MAX_SURPRISES:
+                await self.put_off(self.count_failure(record), repr(error))
+            await self.bury(record, f"failed {surprises} times; last: {error!r}")
 
     def count_failure(self, record: "ConsumerRecord[Any, Any]") -> int:
         self.failures[place(record)] = failures = self.failures.get(place(record), 0) + 1
@@ -110,7 +123,7 @@ class Delivery:
 
     def forget(self, records: "Sequence[ConsumerRecord[Any, Any]]") -> None:
         """The batch is through: nothing of it is delivered again."""
-        for record in records:
+        for record in records if self.failures or self.buried else ():
             self.failures.pop(place(record), None)
             self.surprises.pop(place(record), None)
             self.buried.discard(place(record))

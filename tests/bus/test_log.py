@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiokafka import ConsumerRecord
 from faststream.exceptions import NackMessage
+from structlog.contextvars import get_contextvars
 
 from consumers import jobs
 from events.base import Cause, Envelope
@@ -231,7 +233,7 @@ async def test_an_outage_does_not_use_up_the_surprises(studio: Studio, monkeypat
     delivery, record = Delivery("jobs", studio.publisher), a_record(9)
 
     async def fails_with(error: Exception) -> None:
-        async def handle(record: Any) -> None:
+        async def handle(record: Any, headers: dict[str, str]) -> None:
             raise error
 
         with pytest.raises(NackMessage):
@@ -253,6 +255,19 @@ async def test_failures_are_counted_per_record_and_forgotten_with_their_batch(st
     delivery.forget([one, two])
     assert not delivery.failures
     assert not delivery.buried
+
+
+async def test_log_lines_name_the_record_they_are_about_and_no_other(studio: Studio) -> None:
+    bound: list[dict[str, Any]] = []
+    consumer, seen = collector(lambda envelope: bound.append(get_contextvars()))
+    requests = [outgoing(entry) for _ in range(2) for entry in a_request().outbox]
+    records = tuple(replace(a_record(n), key=r.key, value=r.value, headers=r.headers) for n, r in enumerate(requests))
+    message: Any = SimpleNamespace(raw_message=records)
+    before = get_contextvars()
+    await consumer._handler(Delivery("jobs", studio.publisher), studio)(message)
+    assert [(b["event_id"], b["subject"], b["consumer"]) for b in bound] == [(e.id, e.subject, "jobs") for e in seen]
+    assert len(seen) == 2
+    assert get_contextvars() == before
 
 
 def a_record(offset: int) -> ConsumerRecord[Any, Any]:
