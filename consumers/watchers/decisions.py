@@ -140,11 +140,11 @@ def reported(
 ) -> Release | None:
     """The release after `generation` was applied and then looked at; None when there is nothing new to say."""
     message = (seen.message if seen else "") or None
-    present = applied = release.applied(generation, now, message) or release
+    present = release.applied(generation, now, message) or release
     if seen is not None and seen.generation == generation:
         present = _as_seen(present, seen, now) or present
-        waited = now - applied.applied_at
-        if seen.state is ReleaseState.STARTING and applied.applied_at and waited > patience_s:
+        waited = now - present.applied_at
+        if seen.state is ReleaseState.STARTING and present.applied_at and waited > patience_s:
             late = f"It was not ready {patience_s:.0f} s after it was started. Last seen: {seen.message or 'nothing'}"
             present = present.fail(generation, late) or present
     return None if present is release else present
