@@ -24,8 +24,6 @@ from workloads.specs import (
     attempt_dir,
 )
 
-KILLED_BY_SIGNAL = ("SIGKILL", "SIGTERM", "signal", "exit code -", "exit code 137", "exit code 143")
-
 
 def job_folder(run: TrainingRun, settings: Settings) -> Path:
     """`<models root>/<client>/<job id>`; both parts have patterns without separators."""
@@ -97,11 +95,6 @@ def read_progress(attempt: Path, offset: int) -> tuple[list[Progress], int]:
     return lines, offset + len(whole)
 
 
-def has_more(attempt: Path, run: TrainingRun) -> bool:
-    """Whether there is something that the next turn would act upon."""
-    return read_progress(attempt, run.reported_bytes)[1] > run.reported_bytes or complete(attempt, run)
-
-
 def last_sign_of_life(attempt: Path) -> float:
     """Unix seconds of the newest heartbeat or progress; 0.0 when there was none."""
     newest = 0.0
@@ -146,8 +139,3 @@ def publish(attempt: Path, run: TrainingRun) -> Manifest:
     temporary.symlink_to(target)
     temporary.replace(job_dir / COMMITTED)
     return found
-
-
-def killed(message: str) -> bool:
-    """Whether the cluster says that the trainer's process was killed, rather than that it failed."""
-    return any(sign in message for sign in KILLED_BY_SIGNAL)

@@ -7,7 +7,8 @@ from pathlib import Path
 import structlog
 
 from consumers.watchers import apart, turn
-from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec, ReleaseState
+from consumers.watchers.decisions import reported
+from mini_studio.drivers.ports import ReleaseSpec
 from mini_studio.errors import Conflict, Refused, Unavailable
 from mini_studio.records.record import ANYONE
 from mini_studio.records.releases import Release
@@ -75,34 +76,10 @@ async def keep(release: Release, studio: Studio) -> None:
     except Unavailable as error:
         log.warning("serving.waiting", reason=error.message)
         return
-    note = (seen.message if seen else "") or None
-    applied = await studio.releases.change(
-        release.client_code, release.id, lambda r: r.applied(generation, time.time(), note)
+    now, patience_s = time.time(), studio.settings.serving.ready_timeout_s
+    await studio.releases.change(
+        release.client_code, release.id, lambda r: reported(r, generation, seen, now=now, patience_s=patience_s)
     )
-    await report(applied or release, seen, studio)
-
-
-async def report(release: Release, seen: ReleaseReport | None, studio: Studio) -> None:
-    """Say what changed since the last report."""
-    generation = release.generation
-    if seen is None or seen.generation != generation:
-        return
-    message = seen.message or None
-    match seen.state:
-        case ReleaseState.READY:
-            await studio.releases.change(
-                release.client_code, release.id, lambda r: r.ready(generation, seen.endpoints, message)
-            )
-        case ReleaseState.FAILED:
-            await studio.releases.change(release.client_code, release.id, lambda r: r.fail(generation, seen.message))
-        case ReleaseState.STARTING:
-            await studio.releases.change(
-                release.client_code, release.id, lambda r: r.restarting(generation, time.time(), message)
-            )
-            patience = studio.settings.serving.ready_timeout_s
-            if release.applied_at and time.time() - release.applied_at > patience:
-                late = f"It was not ready {patience:.0f} s after it was started. Last seen: {seen.message or 'nothing'}"
-                await studio.releases.change(release.client_code, release.id, lambda r: r.fail(generation, late))
 
 
 async def remove(release: Release, studio: Studio) -> None:

@@ -291,6 +291,20 @@ async def test_a_crashed_server_is_reported_and_so_is_its_return(studio: Studio,
     assert told(await release_of(studio, request)) == [f"deployment.{name}.v1" for name in names]
 
 
+async def test_a_server_that_crashes_after_long_service_is_starting_not_late(
+    studio: Studio, servers: FakeServingDriver
+) -> None:
+    request = await released(studio)
+    await serving.reconcile(studio)
+    long_ago = time.time() - 2 * studio.settings.serving.ready_timeout_s
+    await studio.releases.change(ANYONE, request.deployment_id, lambda r: r.model_copy(update={"applied_at": long_ago}))
+    servers.crash(request.name)
+    await serving.reconcile(studio)
+    assert told(await release_of(studio, request)) == [
+        f"deployment.{name}.v1" for name in ("applied", "ready", "applied")
+    ]
+
+
 async def falls_silent(studio: Studio, run: TrainingRun) -> None:
     """As if nothing had come of the trainer for 10 s."""
     past = time.time() - 10

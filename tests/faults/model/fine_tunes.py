@@ -1,0 +1,508 @@
+"""One fine-tune, from its request to its artifact: the handlers, the relay, the watchers and the transitions are the real ones.
+
+The world around them is small: a record store, a journal, a log, one job's folder, trainers, and a Ray that forgets.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from consumers import jobs, training
+from consumers.watchers import training as watcher
+from mini_studio.bus.relay import Relay
+from mini_studio.drivers.ports import RunReport, RunState
+from mini_studio.errors import Unavailable
+from mini_studio.records.jobs import Job
+from mini_studio.records.projection import Projections, fold, requested
+from mini_studio.records.record import Repository
+from mini_studio.records.store import DuplicateRecord
+from mini_studio.records.training_runs import TrainingRun
+from mini_studio.settings import Settings, Training
+from tests.consumers.cases import CAUSE, fine_tune
+from tests.faults.model.actors import Actors
+from tests.faults.model.kernel import Call, Explored, Programs, Raised, Thread, explore, io
+from tests.faults.model.parts import NOW, Docs, ModelPublisher, ModelStore, answer, document, event, pending
+from workloads.specs import Manifest, Progress
+
+JOB = "job_" + "0" * 24
+REQUEST = fine_tune(JOB).model_copy(
+    update={"dataset": fine_tune(JOB).dataset.model_copy(update={"id": "ds_" + "0" * 24})}
+)
+SETTINGS = Settings(data=Path("/studio"), training=Training(max_attempts=2, threads=1))
+OUTBOXES = (Job.COLLECTION, TrainingRun.COLLECTION)
+READERS = ("training", "jobs")
+OVER = ("succeeded", "failed")
+
+
+class Faults(NamedTuple):
+    """How many of each kind may still come."""
+
+    crash: int = 0
+    """Of a handler, a relay, a watcher or the API between any two of its steps."""
+    again: int = 0
+    """A reader starts again at an earlier record."""
+    broker: int = 0
+    """The broker forgets everything and is refilled from the journal."""
+    forget: int = 0
+    """Ray does. What it ran dies with it or, worse, goes on."""
+    death: int = 0
+    """A trainer ends: it is killed, it fails, or it dies and Ray still says RUNNING."""
+    silence: int = 0
+    """A trainer that lives shows no sign of it for too long."""
+    unknown: int = 0
+    """Ray's answer to a submit is lost, and the submit itself or not."""
+
+    def spend(self, kind: str) -> "Faults | None":
+        left = getattr(self, kind)
+        return self._replace(**{kind: left - 1}) if left else None
+
+
+class Folder(NamedTuple):
+    """One attempt's."""
+
+    token: str
+    lines: tuple[str, ...] = ()
+    manifest: str = ""
+
+
+class Trainer(NamedTuple):
+    attempt: int
+    at: str = "new"
+    known: bool = True
+    """Whether Ray knows that it runs it; False: an orphan."""
+
+
+class World(NamedTuple):
+    faults: Faults
+    threads: tuple[Thread | None, ...]
+    docs: Docs = ()
+    decided: tuple[str, ...] = ()
+    """Every event that was ever written together with its record."""
+    journal: tuple[str, ...] = ()
+    log: tuple[str, ...] = ()
+    offsets: tuple[int, ...] = (0, 0)
+    """Records acknowledged by each of `READERS`."""
+    acknowledged: bool = False
+    """Whether the client was told that its request is taken."""
+    current: str = ""
+    """The token in `current-attempt`."""
+    folders: tuple[tuple[int, Folder], ...] = ()
+    linked: int = 0
+    """The attempt that the job's final path points at."""
+    ray: tuple[tuple[int, str], ...] = ()
+    trainers: tuple[Trainer, ...] = ()
+
+    def folder(self, attempt: int) -> Folder | None:
+        return dict(self.folders).get(attempt)
+
+    def with_folder(self, attempt: int, folder: Folder) -> "World":
+        return self._replace(folders=tuple(sorted({**dict(self.folders), attempt: folder}.items())))
+
+    def with_ray(self, attempt: int, state: str) -> "World":
+        return self._replace(ray=tuple(sorted({**dict(self.ray), attempt: state}.items())))
+
+    def with_trainers(self, trainers: Sequence[Trainer]) -> "World":
+        return self._replace(trainers=tuple(sorted(trainers)))
+
+
+# --- what the real code is given
+
+
+class Cluster:
+    """Implements `TrainingCluster`. What changes nothing and tells nothing is answered at once."""
+
+    async def status(self) -> dict[str, Any]:
+        return {"available": True}
+
+    async def logs(self, *_: Any) -> list[str]:
+        return []
+
+    async def submit(self, submission_id: str, *_: Any, **__: Any) -> None:
+        await io("submit", int(submission_id.rpartition("-")[2]))
+
+    async def report(self, submission_id: str) -> RunReport:
+        state, message = await io("report", int(submission_id.rpartition("-")[2]))
+        return RunReport(RunState(state), message)
+
+    async def stop(self, submission_id: str) -> None:
+        await io("stop", int(submission_id.rpartition("-")[2]))
+
+
+async def prepare(spec: Any) -> Path:
+    await io("prepare", spec.attempt, spec.token)
+    return Path("spec.json")
+
+
+async def void(_job_dir: Path, token: str) -> None:
+    if await io("read_current") == token:
+        await io("unlink_current")
+
+
+async def last_sign_of_life(folder: Path) -> float:
+    return float(await io("sign_of_life", int(folder.name)))
+
+
+async def read_progress(folder: Path, offset: int) -> tuple[list[Progress], int]:
+    said, end = await io("read_progress", int(folder.name), offset)
+    return [_line(word) for word in said], end
+
+
+async def complete(folder: Path, run: TrainingRun) -> bool:
+    return bool(await io("manifest", int(folder.name)) == run.token)
+
+
+async def publish(folder: Path, run: TrainingRun) -> Manifest:
+    await io("link", int(folder.name))
+    return Manifest(job_id=JOB, attempt=run.attempt, token=run.token, files=[], train_loss=0.1, steps=9, tokens=5)
+
+
+FILES = {f.__name__: f for f in (prepare, void, last_sign_of_life, read_progress, complete, publish)}
+
+
+def _line(word: str) -> Progress:
+    kind, _, code = word.partition(":")
+    return Progress.model_validate({"kind": kind, "time": NOW, "code": code or None, "step": 1 if not code else None})
+
+
+def studio() -> Any:
+    store = ModelStore()
+    return SimpleNamespace(
+        settings=SETTINGS, store=store, cluster=Cluster(), runs_changed=SimpleNamespace(set=lambda: None),
+        jobs=Projections(store, Job), runs=Repository(store, TrainingRun),
+    )  # fmt: skip
+
+
+async def submit_fine_tune(of: Any) -> None:
+    """As the API does it; the id is derived from the Idempotency-Key, so a repeat finds the record there."""
+    record = requested(Job, REQUEST, subject=JOB, client_code="acme", cause=CAUSE)
+    with contextlib.suppress(DuplicateRecord):
+        await of.jobs.insert(record)
+
+
+async def turn(id: str, of: Any) -> None:
+    """One watcher's turn on the run as it finds it."""
+    run = await of.runs.get("*", id)
+    if run is not None and run.phase == "queued":
+        await watcher.start(run, of)
+    elif run is not None and not run.phase.over:
+        await watcher.follow(run, of)
+
+
+Maker = Callable[..., Any]
+
+
+def programs(replaced: dict[str, Maker]) -> Programs:
+    """`replaced`: programs with a seeded bug, instead of the real ones."""
+    of = studio()
+
+    def relay() -> Any:
+        return Relay(of.store, ModelPublisher(), OUTBOXES).sweep()  # type: ignore[arg-type]
+
+    def deliver(consumer: Any) -> Maker:
+        async def batch(_offset: int, ids: tuple[str, ...]) -> None:
+            wanted = [event(id) for id in ids if type(event(id).data) in consumer.handlers]
+            if consumer is jobs.consumer:
+                await jobs.project(wanted, of)
+            else:
+                for envelope in wanted:
+                    await consumer.deliver(envelope, of)
+
+        return batch
+
+    makers: dict[str, Maker] = {
+        "api": lambda: submit_fine_tune(of), "relay": relay, "training": deliver(training.consumer),
+        "jobs": deliver(jobs.consumer), "watcher": lambda: turn(JOB, of), "rival": lambda: turn(JOB, of),
+    }  # fmt: skip
+    return Programs(makers | {name: make(of) for name, make in replaced.items()})
+
+
+# --- how the world answers
+
+
+def answers(world: World, call: Call, *, fair: bool) -> Iterator[tuple[str, World, Any]]:
+    match call:
+        case Call("prepare", (attempt, token)):
+            folder = world.folder(attempt) or Folder(token)
+            yield "", world.with_folder(attempt, folder._replace(token=token))._replace(current=token), None
+        case Call("read_current"):
+            yield "", world, world.current
+        case Call("unlink_current"):
+            yield "", world._replace(current=""), None
+        case Call("sign_of_life", (attempt,)):
+            yield from _signs(world, attempt, fair=fair)
+        case Call("read_progress", (attempt, offset)):
+            lines = (world.folder(attempt) or Folder("")).lines
+            yield "", world, (lines[offset:], len(lines))
+        case Call("manifest", (attempt,)):
+            yield "", world, (world.folder(attempt) or Folder("")).manifest
+        case Call("link", (attempt,)):
+            yield "", world._replace(linked=attempt), None
+        case Call("submit", (attempt,)):
+            yield from _submits(world, attempt, fair=fair)
+        case Call("report", (attempt,)):
+            state = dict(world.ray).get(attempt, "lost")
+            message = "exit code -9" if state == "killed" else ""
+            yield f"({state})", world, ("failed" if state == "killed" else state, message)
+        case Call("stop", (attempt,)):
+            yield "", _stopped(world, attempt), None
+        case _:
+            yield from answer(world, call)
+
+
+def _signs(world: World, attempt: int, *, fair: bool) -> Iterator[tuple[str, World, float]]:
+    """Long silence is nothing special for an attempt that nobody works on."""
+    alive = [trainer for trainer in world.trainers if trainer.attempt == attempt]
+    fresh, quiet, silent = ("(fresh)", world, NOW), ("(quiet)", world, NOW - 10), ("(silent)", world, 0.0)
+    if fair:
+        yield fresh if alive else silent
+        return
+    yield quiet
+    if not alive:
+        yield silent
+        return
+    if any(trainer.at != "new" for trainer in alive):
+        yield fresh
+    if left := world.faults.spend("silence"):
+        yield "(silent, though it lives)", world._replace(faults=left), 0.0
+
+
+def _submits(world: World, attempt: int, *, fair: bool) -> Iterator[tuple[str, World, Any]]:
+    there = dict(world.ray).get(attempt)
+    after = world if there else world.with_ray(attempt, "running").with_trainers((*world.trainers, Trainer(attempt)))
+    yield "", after, None
+    if not fair and (left := world.faults.spend("unknown")):
+        yield "(answer lost)", after._replace(faults=left), Raised(Unavailable, "no answer")
+        yield "(lost)", world._replace(faults=left), Raised(Unavailable, "no answer")
+
+
+def _stopped(world: World, attempt: int) -> World:
+    """SIGTERM: the trainer says so and ends. Ray stops only what it knows of."""
+    stopped = [trainer for trainer in world.trainers if trainer.attempt == attempt and trainer.known]
+    for trainer in stopped:
+        world = ended(world, trainer, "failed:stopped" if trainer.at != "new" else "", "stopped")
+    return world.with_ray(attempt, "stopped") if dict(world.ray).get(attempt) == "running" else world
+
+
+# --- trainers, as workloads/train/attempt.py does it
+
+
+def said(world: World, attempt: int, word: str) -> World:
+    folder = world.folder(attempt)
+    assert folder is not None, "a trainer starts from its folder's spec"
+    return world.with_folder(attempt, folder._replace(lines=(*folder.lines, word))) if word else world
+
+
+def ended(world: World, trainer: Trainer, word: str, state: str) -> World:
+    world = said(world, trainer.attempt, word)
+    left = list(world.trainers)
+    left.remove(trainer)
+    world = world.with_trainers(left)
+    return world.with_ray(trainer.attempt, state) if trainer.known else world
+
+
+def trains(world: World, trainer: Trainer) -> Iterator[tuple[str, World]]:
+    """What the trainer does next, and that it may be fenced first."""
+    folder = world.folder(trainer.attempt)
+    assert folder is not None
+    others = list(world.trainers)
+    others.remove(trainer)
+
+    def goes_on(to: str, word: str = "") -> World:
+        return said(world, trainer.attempt, word).with_trainers([*others, trainer._replace(at=to)])
+
+    fenced = world.current != folder.token
+    if trainer.at == "new":
+        busy = any(other.attempt == trainer.attempt and other.at != "new" for other in others)
+        if folder.manifest == folder.token and not busy:
+            yield "finds it done", ended(world, trainer, "", "succeeded")
+        elif busy:
+            if fenced:
+                yield "is fenced while it waits", ended(world, trainer, "failed:fenced", "failed")
+        else:
+            yield "starts", goes_on("started", "started")
+        return
+    if fenced:
+        yield "is fenced", ended(world, trainer, "failed:fenced", "failed")
+    match trainer.at:
+        case "started":
+            yield "makes a step", goes_on("trained", "progress")
+        case "trained" if not fenced:
+            yield "has its weights, and the fence lets it pass", goes_on("passed")
+        case "passed":
+            complete = world.with_folder(trainer.attempt, folder._replace(manifest=folder.token))
+            yield "writes its manifest", complete.with_trainers([*others, trainer._replace(at="written")])
+        case "written":
+            yield "finishes", ended(world, trainer, "finished", "succeeded")
+
+
+def _dies(world: World, trainer: Trainer) -> Iterator[tuple[str, World]]:
+    if (left := world.faults.spend("death")) is None:
+        return
+    poorer = world._replace(faults=left)
+    yield "is killed", ended(poorer, trainer, "", "killed")
+    yield "dies, and Ray says RUNNING", ended(poorer, trainer, "", "running")
+    if trainer.at in ("started", "trained"):
+        yield "fails", ended(poorer, trainer, "failed:out_of_memory", "failed")
+
+
+# --- all steps
+
+
+class FineTunes(Actors):
+    """The model of one fine-tune. `replaced`: programs with a seeded bug, instead of the real ones."""
+
+    READERS = READERS
+    FAIR = ("relay", *READERS, "watcher", "api")
+
+    def __init__(
+        self, slots: Sequence[str], faults: Faults, *, replaced: dict[str, Maker] | None = None, **how: Any
+    ) -> None:
+        super().__init__(slots, programs(replaced or {}), **how)
+        self._faults = faults
+
+    def start(self) -> World:
+        return World(self._faults, (None,) * len(self._slots))
+
+    def claimed(self) -> World:
+        """A world in which everything up to the claim has gone well."""
+        return self.until(self.start(), lambda world: document(world.docs, "training_runs") is not None, "watcher")
+
+    def under_way(self) -> World:
+        """A world in which the first attempt runs, and the watcher knows it."""
+        world = self.until(self.claimed(), lambda world: bool(world.trainers), "")
+        world = self.until(world, lambda world: world.trainers[0].at == "trained", "")
+        return self.until_done(world, "watcher")
+
+    def search(self, start: World, limit: int) -> Explored:
+        return explore(self.model(wrong, wrong_step, wrong_end, reached), start, limit)
+
+    def answers(self, world: World, call: Call, *, fair: bool) -> Iterator[tuple[str, World, Any]]:
+        return answers(world, call, fair=fair)
+
+    def due(self, world: World, name: str) -> bool:
+        run = document(world.docs, "training_runs")
+        match name:
+            case "api":
+                return not world.acknowledged
+            case "relay":
+                return bool(pending(world.docs))
+            case _:
+                return run is not None and run["phase"] not in OVER
+
+    def done(self, world: World, thread: Thread) -> World:
+        return world._replace(acknowledged=True) if thread.program == "api" else world
+
+    def surroundings(self, world: World) -> Iterator[tuple[str, World]]:
+        for trainer in dict.fromkeys(world.trainers):
+            for what, after in (*trains(world, trainer), *_dies(world, trainer)):
+                yield f"trainer {trainer.attempt} {what}", after
+        if world.ray and (left := world.faults.spend("forget")):
+            poorer = world._replace(faults=left, ray=())
+            yield "ray forgets, its trainers end", poorer.with_trainers([t for t in world.trainers if not t.known])
+            if world.trainers:
+                orphans = [trainer._replace(known=False) for trainer in world.trainers]
+                yield "ray forgets, its trainers go on", poorer.with_trainers(orphans)
+
+    def fair_surroundings(self, world: World) -> Iterator[tuple[str, World]]:
+        for trainer in world.trainers:
+            for what, after in trains(world, trainer):
+                yield f"trainer {trainer.attempt} {what}", after
+
+
+# --- what must hold
+
+
+def reached(world: World) -> str:
+    """Where the search got, in a word."""
+    run = document(world.docs, "training_runs")
+    return f"{run['phase']} {run['attempt']}" if run else "requested"
+
+
+def wrong(world: World) -> str | None:
+    if world.acknowledged and not world.decided:
+        return "a request was acknowledged and is in no record"
+    return (
+        _wrong_events(world.docs, world.decided, world.journal, world.log)
+        or _wrong_record(world.docs, world.decided)
+        or _wrong_artifact(world.docs, world.folders, world.linked)
+    )
+
+
+@lru_cache(maxsize=200_000)
+def _wrong_events(docs: Docs, decided: Sequence[str], journal: Sequence[str], log: Sequence[str]) -> str | None:
+    waiting = pending(docs)
+    if phantoms := ({*journal} | {*log}) - {*decided}:
+        return f"an event that no record knows of: {phantoms}"
+    if unknown := {*log} - {*journal}:
+        return f"on the log and not in the journal: {unknown}"
+    if lost := {*decided} - {*waiting} - {*log}:
+        return f"left its outbox and is not on the log: {lost}"
+    for name, ids in (("records", decided), ("journal", journal), ("log", dict.fromkeys(log))):
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for id in ids:
+            numbers[id.split(".")[0]].append(event(id).sequence)
+        for source, found in numbers.items():
+            if found != list(range(1, len(found) + 1)):
+                return f"sequences of {source} in the {name}: {found}"
+    ends = [id for id in decided if event(id).type in ("fine_tune.succeeded.v1", "fine_tune.failed.v1")]
+    return f"it ended more than once: {ends}" if len(ends) > 1 else None
+
+
+@lru_cache(maxsize=200_000)
+def _wrong_record(docs: Docs, decided: Sequence[str]) -> str | None:
+    """The job is what its events make, as far as it has applied them, whatever order they came in."""
+    live = document(docs, "jobs")
+    if live is None:
+        return None
+    seen = [event(id) for id in decided if event(id).sequence <= live["applied"].get(id.split(".")[0], 0)]
+    made = fold(Job, seen)
+    content = {"_id", "status", "attempt", "progress", "error", "started_at", "finished_at", "applied", "dataset"}
+    expected = made and {k: v for k, v in made.document().items() if k in content}
+    if expected != {k: v for k, v in live.items() if k in content}:
+        return f"the job is not what its events make: {live} instead of {expected}"
+    return None
+
+
+@lru_cache(maxsize=200_000)
+def _wrong_artifact(docs: Docs, folders: Sequence[tuple[int, Folder]], linked: int) -> str | None:
+    """The artifact is the one of the attempt whose token holds, and nothing is published before it was chosen."""
+    run = document(docs, "training_runs")
+    chosen = run is not None and run["phase"] in ("committed", "succeeded")
+    if not chosen:
+        return f"attempt {linked} is published and was not chosen" if linked else None
+    assert run is not None
+    folder = dict(folders).get(run["attempt"], Folder(""))
+    if folder.manifest != run["token"]:
+        return f"attempt {run['attempt']} was chosen and has no artifact of its own: {folder}"
+    return f"attempt {linked} is published, {run['attempt']} was chosen" if linked not in (0, run["attempt"]) else None
+
+
+def wrong_step(before: World, after: World) -> str | None:
+    if before.linked not in (0, after.linked):
+        return f"the final path moved from attempt {before.linked} to {after.linked}"
+    if before.docs is after.docs:
+        return None
+    for name, field in (("jobs", "status"), ("training_runs", "phase")):
+        old, new = document(before.docs, name), document(after.docs, name)
+        if old and new and old[field] in OVER and new[field] != old[field]:
+            return f"{name} went from {old[field]} to {new[field]}"
+    return None
+
+
+def wrong_end(world: World) -> str | None:
+    job, run = document(world.docs, "jobs"), document(world.docs, "training_runs")
+    if job is None or run is None:
+        return "the request was never taken up"
+    if run["phase"] not in OVER or job["status"] != run["phase"]:
+        return f"in the end the run is {run['phase']} and the job {job['status']}"
+    if pending(world.docs):
+        return f"in the end there waits {pending(world.docs)}"
+    if {*world.decided} != {*world.log}:
+        return f"in the end the log lacks { ({*world.decided} - {*world.log}) }"
+    if run["phase"] == "succeeded" and world.linked != run["attempt"]:
+        return f"attempt {run['attempt']} succeeded, {world.linked} is published"
+    return None

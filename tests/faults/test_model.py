@@ -1,0 +1,115 @@
+"""The decision core through every order of steps, crashes, repeats and lapses of memory, as far as the bounds reach.
+
+The handlers, the relay, the watchers, the transitions and the projections are the real ones; tests/faults/model is the world.
+From every state a fair run without further faults must end with everything done.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from mini_studio.records.projection import Projection
+from mini_studio.records.training_runs import TrainingRun
+from tests.faults.length import length
+from tests.faults.model import fine_tunes, seeded
+from tests.faults.model.fine_tunes import FineTunes
+from tests.faults.model.kernel import Explored, Violation
+from tests.faults.model.parts import repeatable
+
+pytestmark = pytest.mark.timeout(900)
+
+DELIVERY = ("api", "relay", "relay", "training", "jobs")
+WATCHING = ("watcher", "watcher")
+RIVALS = ("watcher", "rival")
+THROUGH = ("api", "relay", "training", "jobs", "watcher")
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    with repeatable(fine_tunes.FILES):
+        yield
+
+
+SCENES = ("delivery", "two handlers", "lost log", "first attempt", "second attempt", "two watchers")
+
+
+def fine_tunes_of(scene: str, states: int) -> Explored:
+    faults = fine_tunes.Faults
+    match scene:
+        case "delivery":
+            model = FineTunes(DELIVERY, faults(crash=2, again=1))
+        case "two handlers":
+            model = FineTunes(("api", "relay", "training", "training", "jobs", "jobs"), faults(crash=1, again=1))
+        case "lost log":
+            model = FineTunes(THROUGH, faults(crash=1, broker=1, death=1), whole=("watcher",))
+        case "first attempt":
+            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1, unknown=1), whole=("rival",))
+            return model.search(model.claimed(), states)
+        case "second attempt":
+            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1), whole=("rival",))
+            return model.search(model.under_way(), states)
+        case _:
+            model = FineTunes(WATCHING, faults(crash=1, forget=1, death=1, silence=1, unknown=1))
+            return model.search(model.claimed(), states)
+    return model.search(model.start(), states)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_fine_tune_in_every_order(world: None, scene: str) -> None:
+    explored = fine_tunes_of(scene, 5000)
+    print(f"{scene}: {explored}")
+    assert explored.states == 5000 or explored.complete
+
+
+@pytest.mark.real
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_fine_tune_in_many_more_orders(world: None, scene: str) -> None:
+    states = int(length(short=20_000, full=300_000))
+    explored = fine_tunes_of(scene, states)
+    print(f"{scene}: {explored}")
+    assert explored.states == states or explored.complete
+
+
+# --- seeded bugs
+
+
+def found(model: FineTunes, start: fine_tunes.World) -> str:
+    with pytest.raises(Violation) as violation:
+        model.search(start, 40_000)
+    print(violation.value)
+    return violation.value.what
+
+
+def test_without_a_fence_another_attempts_artifact_is_chosen() -> None:
+    with repeatable(fine_tunes.FILES, [(TrainingRun, "commit", seeded.commit_without_a_fence)]):
+        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1), whole=("rival",))
+        assert "no artifact of its own" in found(model, model.under_way())
+
+
+def test_without_a_new_token_a_new_attempt_is_taken_for_the_old_one() -> None:
+    """What was read of the first attempt's progress counts as read of the second's, whose start is then never seen."""
+    with repeatable(fine_tunes.FILES, [(TrainingRun, "begin_attempt", seeded.begin_attempt_without_a_token)]):
+        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1), whole=("rival",))
+        assert "in the end the run is submitted" in found(model, model.under_way())
+
+
+def test_published_before_its_write_an_event_is_a_phantom(world: None) -> None:
+    model = FineTunes(DELIVERY, fine_tunes.Faults(crash=1), replaced={"training": seeded.publish_before_write})
+    assert "no record knows of" in found(model, model.start())
+
+
+def test_acknowledged_before_its_write_a_request_is_lost(world: None) -> None:
+    model = FineTunes(DELIVERY, fine_tunes.Faults(crash=1), acknowledges_first=True)
+    assert "never taken up" in found(model, model.start())
+
+
+def test_settled_before_the_ack_an_event_never_leaves(world: None) -> None:
+    model = FineTunes(DELIVERY, fine_tunes.Faults(crash=1), replaced={"relay": seeded.settle_before_ack})
+    assert "not on the log" in found(model, model.start())
+
+
+def test_without_sequences_a_job_goes_back() -> None:
+    with repeatable(fine_tunes.FILES, [(Projection, "apply", seeded.apply_without_sequence)]):
+        model = FineTunes(THROUGH, fine_tunes.Faults(again=1), whole=("watcher", "relay", "training"))
+        assert "is not what its events make" in found(model, model.under_way())
