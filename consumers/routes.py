@@ -42,9 +42,4 @@ async def follow(deployment: Deployment, studio: Studio) -> None:
             pass
         else:
             return
-    await studio.routes.change(deployment.client_code, deployment.id, lambda route: changed(route, deployment))
-
-
-def changed(route: RouteRecord, deployment: Deployment) -> RouteRecord | None:
-    following = route.following(deployment)
-    return None if following is route else following
+    await studio.routes.change(deployment.client_code, deployment.id, lambda route: route.following(deployment))
