@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 
 from events.base import Envelope
@@ -60,11 +60,11 @@ async def fill(studio: Studio, events: int) -> None:
 
 async def log_of(bootstrap: str, topic: str) -> dict[int, list[Outgoing]]:
     """A topic's records by partition, as any client reads them."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False)
+    consumer = AIOKafkaConsumer(
+        topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False
+    )
     await consumer.start()
-    numbers = sorted(consumer.partitions_for_topic(topic) or {0})
-    consumer.assign([TopicPartition(topic, number) for number in numbers])
-    found: dict[int, list[Outgoing]] = {number: [] for number in numbers}
+    found: dict[int, list[Outgoing]] = {partition.partition: [] for partition in consumer.assignment()}
     quiet = 0
     while quiet < 3:
         batches = await consumer.getmany(timeout_ms=700)
@@ -176,24 +176,29 @@ async def test_a_real_cluster_that_lost_its_topics_is_refilled_though_killed(
         await is_the_journal(studio)
         code, said = await asyncio.to_thread(command, settings)
         assert (code, "done: 0 published" in said) == (0, True), said
+        code, said = await asyncio.to_thread(command, settings, "events", "tail", "--no-follow", "--json")
+        assert (code, said.count('"ce_id"')) == (0, events + DEPLOYMENTS), "all partitions are read"
         await lose_topics(real_bootstrap, [Topic.DEPLOYMENTS, ROUTES])
         code, said = await asyncio.to_thread(command, settings)
         assert (code, f"done: {2 * DEPLOYMENTS} published" in said) == (0, True), said
         await is_the_journal(studio)
 
 
-def started(settings: Settings) -> "subprocess.Popen[str]":
+REFILL = ("journal", "refill")
+
+
+def started(settings: Settings, *words: str) -> "subprocess.Popen[str]":
     kafka = settings.kafka
     environment = {
         **os.environ, "MINI_STUDIO_KAFKA__BOOTSTRAP": kafka.bootstrap, "PYTHONUNBUFFERED": "1",
         "MINI_STUDIO_KAFKA__PARTITIONS": str(kafka.partitions), "MINI_STUDIO_KAFKA__IDEMPOTENT": "true",
     }  # fmt: skip
-    line = [sys.executable, "-m", "mini_studio.cli", "journal", "refill", "--data", str(settings.data)]
+    line = [sys.executable, "-m", "mini_studio.cli", *(words or REFILL), "--data", str(settings.data)]
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def command(settings: Settings) -> tuple[int, str]:
-    process = started(settings)
+def command(settings: Settings, *words: str) -> tuple[int, str]:
+    process = started(settings, *words)
     said, _ = process.communicate()
     return process.returncode, said
 
