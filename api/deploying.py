@@ -9,7 +9,7 @@ from pathlib import Path
 from fastapi import Response
 from pydantic import TypeAdapter, ValidationError
 
-from api.deps import check_owner
+from api.deps import at, check_owner
 from events.base import Cause
 from events.deployments import DeployRequested
 from events.types import DeploymentKind, DeploymentStatus, ModelName, derived_id
@@ -145,11 +145,15 @@ async def first_status(deployment: Deployment, studio: Studio) -> Deployment:
     return deployment
 
 
-async def visible(name: str, tenant: str, studio: Studio) -> Deployment:
-    """The deployment if it is shared or the tenant's own."""
+async def visible(name: str, tenant: str, studio: Studio, as_of: datetime | None = None) -> Deployment:
+    """The deployment, as it is or was, if it is shared or the tenant's own."""
     deployment = await studio.deployments.named(tenant, name)
+    if deployment is not None and as_of is not None:
+        deployment = await studio.deployments.at(ANYONE, deployment.id, as_of)
     if deployment is None:
-        raise NotFound(f"there is no deployment {name!r} for client {tenant!r}; give client_code or X-User-ID")
+        raise NotFound(
+            f"there is no deployment {name!r} for client {tenant!r}{at(as_of)}; give client_code or X-User-ID"
+        )
     return deployment
 
 

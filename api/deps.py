@@ -1,15 +1,21 @@
 """What handlers are given, as `Annotated` aliases."""
 
+import re
+from datetime import datetime
 from typing import Annotated, cast
 
 import httpx
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Header, Query, Request
+from pydantic import AwareDatetime, BeforeValidator
 
 from events.base import Cause
 from events.types import CLIENT_CODE_PATTERN
 from mini_studio.bus.routes import RouteFeed, RouteTable
 from mini_studio.errors import NotFound
 from mini_studio.wiring import Studio
+
+RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+"""pydantic alone would take bare numbers for times, too."""
 
 
 def studio(request: Request) -> Studio:
@@ -50,6 +56,27 @@ IdempotencyHeader = Annotated[
         description="The same key and body give the same result, made once.",
     ),
 ]
+
+
+def _with_zone(text: object) -> object:
+    if not isinstance(text, str) or not RFC_3339.fullmatch(text):
+        raise ValueError("must be an RFC 3339 time with a zone, as 2026-01-31T12:00:00Z is; a + is sent as %2B")
+    return text
+
+
+AsOf = Annotated[
+    AwareDatetime | None,
+    BeforeValidator(_with_zone),
+    Query(
+        description="An RFC 3339 time with a zone: answer from the log, as it was then.",
+        examples=["2026-01-31T12:00:00Z"],
+    ),
+]
+
+
+def at(as_of: datetime | None) -> str:
+    """The end of a message about what was not there at that time."""
+    return "" if as_of is None else f" as of {as_of.isoformat()}"
 
 
 def check_tenant(user: str | None, client_code: str) -> None:

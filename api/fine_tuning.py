@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import ValidationError
 
 from api import submissions
-from api.deps import IdempotencyHeader, TheCause, TheStudio, UserId, check_tenant
+from api.deps import AsOf, IdempotencyHeader, TheCause, TheStudio, UserId, at, check_tenant
 from api.errors import invalid_from
 from api.uploads import read_multipart
 from events.types import ClientCode, JobId
@@ -50,20 +50,26 @@ async def list_jobs(
     user: UserId = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: JobId | None = None,
+    as_of: AsOf = None,
 ) -> JobListResponse:
-    """The client's jobs, newest first."""
+    """The client's jobs, newest first; with `as_of`, those that there were then, as their events up to then had them."""
     check_tenant(user, client_code)
-    found = await studio.jobs.page(client_code, limit=limit + 1, after=after)
+    found = await studio.jobs.page_at(client_code, as_of, limit=limit + 1, after=after)
     jobs = [JobView.model_validate(job) for job in found[:limit]]
     return JobListResponse(jobs=jobs, has_more=len(found) > limit, last_id=jobs[-1].id if jobs else None)
 
 
 @router.get("/jobs/{job_id}")
-async def get_job(job_id: Annotated[str, Path(max_length=200)], studio: TheStudio, user: UserId = None) -> JobResponse:
-    """One job; with `X-User-ID`, only if it is that client's."""
-    job = await studio.jobs.get(user or ANYONE, job_id)
+async def get_job(
+    job_id: Annotated[str, Path(max_length=200)], studio: TheStudio, user: UserId = None, as_of: AsOf = None
+) -> JobResponse:
+    """One job; with `X-User-ID`, only if it is that client's.
+
+    With `as_of` it is answered from the log: the job as its events up to that time had it, 404 before its first one.
+    """
+    job = await studio.jobs.at(user or ANYONE, job_id, as_of)
     if job is None:
-        raise NotFound(f"there is no job {job_id!r}")
+        raise NotFound(f"there is no job {job_id!r}{at(as_of)}")
     return JobResponse(job=JobView.model_validate(job))
 
 

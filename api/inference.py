@@ -6,7 +6,17 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from api import deploying, proxy
-from api.deps import IdempotencyHeader, Routes, TheCause, TheStudio, UpstreamClient, UserId, check_owner, check_tenant
+from api.deps import (
+    AsOf,
+    IdempotencyHeader,
+    Routes,
+    TheCause,
+    TheStudio,
+    UpstreamClient,
+    UserId,
+    check_owner,
+    check_tenant,
+)
 from events.types import DeploymentId, DeploymentName, Owner
 from schemas.fine_tuning import ErrorResponse
 from schemas.inference import (
@@ -68,10 +78,14 @@ async def list_deployments(
     client_code: Owner = "",
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: DeploymentId | None = None,
+    as_of: AsOf = None,
 ) -> DeploymentListResponse:
-    """A client's own deployments, or (empty `client_code`) those that all share; newest first."""
+    """A client's own deployments, or (empty `client_code`) those that all share; newest first.
+
+    With `as_of`, those that there were then, as their events up to then had them.
+    """
     check_tenant(user, client_code)
-    found = await studio.deployments.page(user or client_code, limit=limit + 1, after=after)
+    found = await studio.deployments.page_at(user or client_code, as_of, limit=limit + 1, after=after)
     views = [DeploymentView.model_validate(deployment) for deployment in found[:limit]]
     return DeploymentListResponse(
         deployments=views, has_more=len(found) > limit, last_id=views[-1].id if views else None
@@ -80,11 +94,14 @@ async def list_deployments(
 
 @router.get("/deployments/{name}")
 async def get_deployment(
-    name: DeploymentName, studio: TheStudio, user: UserId = None, client_code: Owner = ""
+    name: DeploymentName, studio: TheStudio, user: UserId = None, client_code: Owner = "", as_of: AsOf = None
 ) -> DeploymentResponse:
-    """One deployment: shared, or the client's own."""
+    """One deployment: shared, or the client's own.
+
+    With `as_of` it is answered from the log: the deployment as its events up to that time had it, 404 before its first one.
+    """
     check_tenant(user, client_code)
-    deployment = await deploying.visible(name, user or client_code, studio)
+    deployment = await deploying.visible(name, user or client_code, studio, as_of)
     return DeploymentResponse(deployment=DeploymentView.model_validate(deployment))
 
 

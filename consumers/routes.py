@@ -12,7 +12,6 @@ from events.deployments import (
     UndeployRequested,
 )
 from mini_studio.bus.consumer import Consumer
-from mini_studio.records.deployments import Deployment
 from mini_studio.records.record import ANYONE
 from mini_studio.records.routes import RouteRecord
 from mini_studio.wiring import Studio
@@ -30,7 +29,7 @@ async def project(envelopes: list[Envelope[Any]], studio: Studio) -> None:
     deployments = await studio.deployments.get_all(ANYONE, ids)
     before = await studio.routes.get_all(ANYONE, ids)
     after = [before[id].following(d) if id in before else RouteRecord.of(d) for id, d in deployments.items()]
-    for id in await studio.routes.put_all([route for route in after if route is not before.get(route.id)], before):
+    for id in await studio.routes.put_all([route for route in after if route is not None], before):
         await follow(id, studio)
 
 
@@ -38,9 +37,4 @@ async def follow(id: str, studio: Studio) -> None:
     """Bring a route that somebody else wrote meanwhile in line with its deployment."""
     deployment = await studio.deployments.get(ANYONE, id)
     if deployment is not None:
-        await studio.routes.change(ANYONE, id, lambda route: changed(route, deployment))
-
-
-def changed(route: RouteRecord, deployment: Deployment) -> RouteRecord | None:
-    following = route.following(deployment)
-    return None if following is route else following
+        await studio.routes.change(ANYONE, id, lambda route: route.following(deployment))

@@ -19,11 +19,16 @@ app = typer.Typer(
     help="Fine-tune and serve language models, event-driven over Kafka. Start with `mini-studio run`, then `mini-studio demo`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # help texts flow with the terminal's width
 )
 models = typer.Typer(help="The base models that fine-tunes start from.", no_args_is_help=True)
 events = typer.Typer(help="The event log.", no_args_is_help=True)
 app.add_typer(models, name="models")
+journal = typer.Typer(
+    help="The journal: every event that was ever decided, kept in the record store.", no_args_is_help=True
+)
 app.add_typer(events, name="events")
+app.add_typer(journal, name="journal")
 
 DataOption = Annotated[
     Path | None,
@@ -37,6 +42,19 @@ class ConsumerName(StrEnum):
     SERVING = "serving"
     JOBS = "jobs"
     ROUTES = "routes"
+
+
+class Rebuilt(StrEnum):
+    DATASETS = "datasets"
+    JOBS = "jobs"
+    DEPLOYMENTS = "deployments"
+    ROUTES = "routes"
+    ALL = "all"
+
+
+class EventSource(StrEnum):
+    JOURNAL = "journal"
+    TOPICS = "topics"
 
 
 def settings_for(data: Path | None, process: str) -> Settings:
@@ -118,6 +136,72 @@ def prepare(data: DataOption = None) -> None:
     from mini_studio import maintenance
 
     asyncio.run(maintenance.prepare(settings))
+
+
+@app.command()
+def replay(
+    projection: Annotated[Rebuilt, typer.Argument(help="Whose records to rebuild.")],
+    source: Annotated[
+        EventSource,
+        typer.Option("--from", help="Read the events from the journal, or from the topics, which are then trusted."),
+    ] = EventSource.JOURNAL,
+    check: Annotated[bool, typer.Option("--check", help="Compare only: change no record.")] = False,
+    data: DataOption = None,
+) -> None:
+    """Rebuild records from their events, compare them with the live ones, and put right what differs.
+
+    Records are nothing but their events, folded. Every event is folded anew into a shadow beside the live records; these
+    are then compared with it one by one. Those that differ are replaced, missing ones are inserted (so a collection that
+    was lost comes back), and those that no event explains are named in the counts and left alone. No job is started, no
+    model is touched and no event is published; only a route that was repaired goes out to the gateways.
+
+    It may run beside a live studio, and again after it was interrupted. With --check on a live studio, let the consumers
+    catch up first: a record that is still behind its events counts as different.
+
+    Exit code: 0 when the live records are (now) what their events make, 1 when not, 2 when it could not be done.
+
+    Examples: `mini-studio replay all --check`, `mini-studio replay jobs --from topics`
+    """
+    settings = settings_for(data, "replay")
+    from mini_studio import replaying
+    from mini_studio.errors import StudioError
+
+    names = list(replaying.REBUILDABLE) if projection is Rebuilt.ALL else [projection.value]
+    from_topics = source is EventSource.TOPICS
+    try:
+        right = asyncio.run(replaying.run(settings, names, topics=from_topics, swap=not check, say=typer.echo))
+    except StudioError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(0 if right else 1)
+
+
+@journal.command("refill")
+def refill(data: DataOption = None) -> None:
+    """Fill a broker that lost its topics, or some of them, from the journal.
+
+    Missing topics are created. Then everything is published that the topics lack of the journal, in its order and with
+    ids, sequences, keys and headers unchanged, and last the routes as they are now. What a topic holds already, by the
+    event's id, is not published again, so this can be run again after it was interrupted, or to make sure.
+
+    Best before the studio's processes start: a running one publishes what waits in its outboxes at the same time, and
+    that may then stand on the log twice, or before older events. The studio's consumers take either; a subscriber that
+    keeps only the last sequence may not. For the same reason delete a topic that lost a part in its middle first.
+
+    The embedded broker, which forgets at every stop, is refilled in the same way at every start, without asking.
+    """
+    settings = settings_for(data, "refill")
+    from mini_studio import maintenance
+    from mini_studio.errors import StudioError
+
+    try:
+        done = asyncio.run(
+            maintenance.refill_topics(settings, lambda d: typer.echo(f"{d.published:,} published, {d.held:,} held"))
+        )
+    except StudioError as error:
+        typer.echo(f"error: {error.message}; run it again, it goes on where it stopped", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"done: {done.published:,} published, {done.held:,} were there")
 
 
 @models.command("list")

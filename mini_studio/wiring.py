@@ -21,6 +21,7 @@ from mini_studio.records.projection import Projections
 from mini_studio.records.record import Repository
 from mini_studio.records.releases import Release
 from mini_studio.records.routes import RouteRecord
+from mini_studio.records.shadow import shadow_of
 from mini_studio.records.sqlite import SqliteStore
 from mini_studio.records.store import Collection, RecordStore
 from mini_studio.records.training_runs import TrainingRun
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 RECORDS = (Dataset, DatasetProfile, Job, TrainingRun, Deployment, Release, RouteRecord, IdempotencyKey)
 COLLECTIONS: tuple[Collection, ...] = tuple(record.COLLECTION for record in RECORDS)
+SHADOWS: tuple[Collection, ...] = tuple(shadow_of(record.COLLECTION) for record in (Dataset, Job, Deployment))
+"""Where a replay builds records anew. Nobody relays these."""
 
 DECIDED_BY: dict[str, tuple[Collection, ...]] = {
     "api": (Dataset.COLLECTION, Job.COLLECTION, Deployment.COLLECTION),
@@ -49,7 +52,7 @@ class Studio:
     def __init__(self, settings: Settings, relayed: Sequence[Collection] = (), *, sweeper: bool = False) -> None:
         self.settings = settings
         self.store: RecordStore = SqliteStore(
-            settings.record_file, COLLECTIONS, busy_timeout_s=settings.records.busy_timeout_s
+            settings.record_file, COLLECTIONS + SHADOWS, busy_timeout_s=settings.records.busy_timeout_s
         )
         self.publisher = Publisher(settings.kafka)
         self.relay = Relay(

@@ -34,8 +34,8 @@ def all_topics() -> list[str]:
     return [*(topic.value for topic in Topic), ROUTES, *dead]
 
 
-async def create_topics(settings: Kafka) -> None:
-    """Create the topics that are missing. Raises `Unavailable`."""
+async def create_topics(settings: Kafka) -> list[str]:
+    """Create the topics that are missing; says which. Raises `Unavailable`."""
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap, request_timeout_ms=5000)
     try:
         await asyncio.wait_for(admin.start(), 10)
@@ -46,6 +46,7 @@ async def create_topics(settings: Kafka) -> None:
             refused = [error for error in answer.topic_errors if error[1] not in (0, TOPIC_EXISTS)]
             if refused:
                 raise Unavailable(f"the broker refused to create topics: {refused}")
+        return missing
     except (KafkaError, OSError, TimeoutError) as error:
         raise Unavailable(f"the broker at {settings.bootstrap} is away: {error}") from error
     finally:

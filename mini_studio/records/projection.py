@@ -1,5 +1,6 @@
 """Records that are nothing but their events, folded: `fold(events)` gives the same document live and on replay."""
 
+import asyncio
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
@@ -78,9 +79,8 @@ def begun(record: P, envelope: Envelope[Any]) -> P:
     return record.model_copy(update={"applied": {envelope.source.value: envelope.sequence}})
 
 
-def fold(projection: type[P], events: Iterable[Envelope[Any]]) -> P | None:
-    """The record that these events, in order, make."""
-    record: P | None = None
+def fold(projection: type[P], events: Iterable[Envelope[Any]], record: P | None = None) -> P | None:
+    """The record that these events, in order, make, or make of `record`. What it has applied before changes nothing."""
     for envelope in events:
         record = projection.begin(envelope) if record is None else record.apply(envelope) or record
     return record
@@ -110,6 +110,34 @@ class Projections(Repository[P]):
         if envelope.sequence > record.last(envelope) + 1:
             await self._catch_up(envelope, record.last(envelope))
         return await self.change(ANYONE, envelope.subject, lambda present: present.apply(envelope))
+
+    async def history(self, id: str) -> list[Envelope[Any]]:
+        """All that was decided of the aggregate: the journal, and what still waits in the record's own outbox.
+
+        The outbox is read first: what leaves it in between is in the journal by then.
+        """
+        document = await self._store.get(self.collection, id)
+        waiting = document["outbox"] if document else []
+        entries = await self._store.read_journal(key=id, limit=100_000)
+        known = {entry.event_id for entry in entries}
+        told = [*(e.stored for e in entries), *(w for w in waiting if w["headers"]["ce_id"] not in known)]
+        # A long history takes a while to decode, and others wait for this loop.
+        return await asyncio.to_thread(lambda: [restore(stored) for stored in told])
+
+    async def at(self, tenant: str, id: str, time: datetime | None) -> P | None:
+        """The record as its events had it at `time`, or now; None when it was not there, or is another tenant's."""
+        if time is None:
+            return await self.get(tenant, id)
+        events = await self.history(id)
+        record = fold(self._projection, (envelope for envelope in events if envelope.time <= time))
+        return record if record is not None and tenant in (ANYONE, record.client_code) else None
+
+    async def page_at(self, tenant: str, time: datetime | None, *, limit: int, after: str | None = None) -> list[P]:
+        """A tenant's records as they were at `time`, or are, newest first, from behind the record `after` on."""
+        found = await self.page(tenant, limit=limit, after=after, until=None if time is None else timestamp(time))
+        if time is None:
+            return found
+        return [record for each in found if (record := await self.at(tenant, each.id, time)) is not None]
 
     async def apply_all(self, envelopes: Iterable[Envelope[Any]]) -> None:
         """Apply events in order, with one read and one write for all their records.

@@ -19,6 +19,8 @@ ANYONE: Literal["*"] = "*"
 """The tenant of callers that are not bound to one: consumers, and requests that name a record by its unguessable id."""
 
 CAS_TRIES = 50
+LAST = "~"
+"""Behind every id."""
 
 
 class Record(BaseModel):
@@ -124,12 +126,15 @@ class Repository(Generic[R]):
                 return changed
         raise Unavailable(f"{self.collection.name}/{id} is being changed by too many at once")
 
-    async def page(self, tenant: str, *, limit: int, after: str | None = None, **where: Any) -> list[R]:
-        """A tenant's records, newest first, from behind the record `after` on."""
-        position = None
+    async def page(
+        self, tenant: str, *, limit: int, after: str | None = None, until: str | None = None, **where: Any
+    ) -> list[R]:
+        """A tenant's records, newest first, from behind the record `after` on; `until` leaves out what is newer than that."""
+        position = None if until is None else (until, LAST)
         if after is not None:
             last = await self.get(tenant, after)
-            position = (last.created_at, last.id) if last else ("", "")
+            behind = (last.created_at, last.id) if last else ("", "")
+            position = behind if position is None else min(position, behind)
         found = await self._store.find(self.collection, _owned(tenant, where), limit=limit, after=position)
         return [self._record.load(document) for document in found]
 

@@ -38,7 +38,7 @@ class Route(BaseModel):
 
 
 class RouteRecord(Record):
-    """The route of one deployment, derived from its deployment record; the outbox publishes every change of it."""
+    """The route of one deployment: a pure function of its deployment record, so one that is built anew is identical."""
 
     COLLECTION: ClassVar = Collection("routes")
 
@@ -47,26 +47,24 @@ class RouteRecord(Record):
 
     @classmethod
     def of(cls, deployment: Deployment) -> Self:
-        return cls(
-            id=deployment.id,
-            client_code=deployment.client_code,
-            created_at=deployment.created_at,
-            cause=deployment.cause,
-        ).following(deployment)  # fmt: skip
-
-    def following(self, deployment: Deployment) -> Self:
-        """The route as the deployment now has it; unchanged (same revision) when nothing a gateway needs has changed."""
+        """The route as the deployment has it, to be published. Every event of the deployment makes a newer revision."""
+        revision = sum(deployment.applied.values())
         route = None
         if deployment.status not in (DeploymentStatus.REMOVING, DeploymentStatus.REMOVED):
             fields = deployment.model_dump(include=set(Route.model_fields) - {"revision"})
-            route = Route(deployment_id=deployment.id, revision=self.revision, **fields)
-        if self.revision and route == self.route:
-            return self
-        # a route that was dropped and is built anew from the log must not start below what gateways have seen
-        revision = max(self.revision + 1, sum(deployment.applied.values()))
-        route = route and route.model_copy(update={"revision": revision})
-        changed = self.model_copy(update={"route": route, "revision": revision, "cause": deployment.cause})
-        return changed.model_copy(update={"outbox": (*self.outbox, changed.stored())})
+            route = Route(deployment_id=deployment.id, revision=revision, **fields)
+        record = cls(
+            id=deployment.id, client_code=deployment.client_code, created_at=deployment.created_at,
+            cause=deployment.cause, route=route, revision=revision,
+        )  # fmt: skip
+        return record.model_copy(update={"outbox": (record.stored(),)})
+
+    def following(self, deployment: Deployment) -> Self | None:
+        """The route as the deployment now has it, to be published as well; None unless that is newer."""
+        now = self.of(deployment)
+        if now.revision <= self.revision:
+            return None
+        return now.model_copy(update={"version": self.version, "outbox": (*self.outbox, *now.outbox)})
 
     def stored(self) -> dict[str, Any]:
         """What goes to the compacted topic: the whole route, or a tombstone."""

@@ -82,6 +82,10 @@ class SqliteStore:
         )
         return [_decode(*row) for row in await self._read(sql, (*values, limit))]
 
+    async def scan(self, collection: Collection, *, after: str = "", limit: int) -> list[Document]:
+        sql = f"SELECT doc FROM {collection.name} WHERE id > ? ORDER BY id LIMIT ?"  # noqa: S608
+        return [orjson.loads(row[0]) for row in await self._read(sql, (after, limit))]
+
     async def pending(self, collections: Sequence[Collection], limit: int) -> list[tuple[Collection, Document]]:
         sql = "SELECT id, outbox FROM {} WHERE pending = 1 LIMIT ?"
         each = [await self._read(sql.format(collection.name), (limit,)) for collection in collections]
@@ -114,6 +118,10 @@ class SqliteStore:
             values = (after, key, limit)
         rows = await self._read(sql + "ORDER BY position LIMIT ?", values)
         return [JournalEntry(row[0], row[1], orjson.loads(row[2])) for row in rows]
+
+    async def journal_end(self) -> int:
+        rows = await self._read("SELECT max(position) FROM event_journal", ())
+        return rows[0][0] or 0
 
     async def journalled(self, event_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         rows = await self._read_some("SELECT event_id, stored FROM event_journal WHERE event_id IN ", event_ids)

@@ -75,6 +75,10 @@ class RecordStore(Protocol):
         """Documents whose top-level fields equal `where`, by (`created_at`, `_id`), from behind the `after` pair on."""
         ...
 
+    async def scan(self, collection: Collection, *, after: str = "", limit: int) -> list[Document]:
+        """Documents by ascending id, from behind the id `after` on: for going through all of them, however many."""
+        ...
+
     async def pending(self, collections: Sequence[Collection], limit: int) -> list[tuple[Collection, Document]]:
         """Documents with a non-empty outbox."""
         ...
@@ -93,6 +97,10 @@ class RecordStore(Protocol):
 
     async def read_journal(self, *, after: int = 0, limit: int = 1000, key: str | None = None) -> list[JournalEntry]:
         """Entries behind position `after`, in order; only those of one aggregate when `key` is given."""
+        ...
+
+    async def journal_end(self) -> int:
+        """Position of the last entry; 0 for an empty journal."""
         ...
 
     async def journalled(self, event_ids: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -86,6 +86,16 @@ async def test_lists_newest_first_by_keyset(store: RecordStore) -> None:
     assert seen == [f"t{n:02}" for n in reversed(range(25))]
 
 
+async def test_all_documents_are_gone_through_by_id(store: RecordStore) -> None:
+    ids = [f"t{n:02}" for n in range(25)]
+    for id in reversed(ids):
+        await store.insert(THINGS, thing(id))
+    seen: list[str] = []
+    while page := await store.scan(THINGS, after=seen[-1] if seen else "", limit=7):
+        seen += [document["_id"] for document in page]
+    assert seen == ids
+
+
 async def test_outbox_is_pending_until_settled(store: RecordStore) -> None:
     await store.insert(THINGS, thing("a", events=2))
     await store.insert(THINGS, thing("b"))
@@ -156,6 +166,7 @@ async def test_pending_collections_take_turns(tmp_path: Path) -> None:
 
 
 async def test_journal_keeps_each_event_once_and_in_order(store: RecordStore) -> None:
+    assert await store.journal_end() == 0
     entries = thing("a", events=3)["outbox"] + thing("b", events=1)["outbox"]
     await store.journal(entries)
     await store.journal(entries)
@@ -163,6 +174,7 @@ async def test_journal_keeps_each_event_once_and_in_order(store: RecordStore) ->
     assert [entry.stored for entry in read] == entries
     assert [entry.event_id for entry in await store.read_journal(after=read[1].position)] == ["a-2", "b-0"]
     assert [entry.event_id for entry in await store.read_journal(key="b")] == ["b-0"]
+    assert await store.journal_end() == read[-1].position
 
 
 async def test_the_journal_tells_events_by_id(store: RecordStore) -> None:

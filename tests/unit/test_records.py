@@ -244,13 +244,19 @@ def test_names_are_dns_labels(model: str) -> None:
         assert set(label) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
+def follow(record: RouteRecord, present: Deployment) -> RouteRecord:
+    following = record.following(present)
+    assert following is not None
+    return following
+
+
 def ready(present: Deployment, port: int) -> RouteRecord:
     answering = status(present, DeploymentReady, 1, endpoints=[f"http://h:{port}"], replicas=1)
-    return RouteRecord.of(present).following(answering)
+    return follow(RouteRecord.of(present), answering)
 
 
 def removed(record: RouteRecord) -> RouteRecord:
-    return record.following(status(deployment(), DeploymentRemoved, 2))
+    return follow(record, status(deployment(), DeploymentRemoved, 2))
 
 
 def test_routes_prefer_the_callers_own() -> None:
@@ -297,12 +303,24 @@ def test_a_routes_late_duplicates_change_nothing() -> None:
     assert table.all() == [before], "a late removal does not hit the successor"
 
 
-def test_a_route_built_anew_is_not_older_than_what_gateways_have_seen() -> None:
-    answering = status(deployment(), DeploymentReady, 1, endpoints=["http://h:1"], replicas=1)
-    grown = RouteRecord.of(deployment()).following(answering)
-    anew = RouteRecord.of(answering)
-    assert anew.route == grown.route
-    assert anew.revision == grown.revision == 2
+def test_a_route_built_anew_is_identical() -> None:
+    asked = deployment()
+    answering = status(asked, DeploymentReady, 1, endpoints=["http://h:1"], replicas=1)
+    said_again = status(answering, DeploymentReady, 2, endpoints=["http://h:1"], replicas=1)
+    grown = follow(follow(RouteRecord.of(asked), answering), said_again)
+    anew = RouteRecord.of(said_again)
+    assert anew.model_dump(exclude={"outbox"}) == grown.model_dump(exclude={"outbox"})
+    assert anew.revision == 3
+
+
+def test_a_route_is_published_whenever_its_deployment_has_a_newer_event_and_never_otherwise() -> None:
+    asked = deployment()
+    answering = status(asked, DeploymentReady, 1, endpoints=["http://h:1"], replicas=1)
+    said_again = status(answering, DeploymentReady, 2, endpoints=["http://h:1"], replicas=1)
+    record = RouteRecord.of(answering)
+    assert record.following(answering) is None
+    assert record.following(asked) is None, "a late reader of the deployment takes nothing back"
+    assert len(follow(record, said_again).outbox) == 2
 
 
 def test_every_route_record_says_its_revision_and_time() -> None:

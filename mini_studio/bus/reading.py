@@ -1,0 +1,57 @@
+"""Reads whole topics by assignment: no group, so nobody's position moves."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+
+from mini_studio.bus.kafka import quietly
+from mini_studio.errors import NotFound, Unavailable
+from mini_studio.settings import Kafka
+
+BATCH = 2000
+START_S = 10
+SILENCE_S = 30.0
+"""The client waits for ever for a broker that is away; whoever reads a whole topic wants to know."""
+
+
+async def read_whole(settings: Kafka, topics: Sequence[str]) -> AsyncIterator[list[ConsumerRecord[bytes, bytes]]]:
+    """All records from each topic's beginning to its end, in batches, in order within a partition. Raises `NotFound`, `Unavailable`."""
+    # Topics given here are all assigned when there is no group; a broker need not tell of partitions nobody asked for.
+    consumer = AIOKafkaConsumer(
+        *topics,
+        bootstrap_servers=settings.bootstrap,
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+        fetch_max_wait_ms=settings.fetch_wait_ms,
+        request_timeout_ms=START_S * 1000,
+    )
+    try:
+        await asyncio.wait_for(consumer.start(), START_S * 3)
+        partitions = sorted(consumer.assignment())
+        deadline = time.monotonic() + SILENCE_S
+        while not await at_end(consumer, partitions):
+            found = await consumer.getmany(timeout_ms=200, max_records=BATCH)
+            if found:
+                yield [record for records in found.values() for record in records]
+                deadline = time.monotonic() + SILENCE_S
+            elif time.monotonic() > deadline:
+                raise TimeoutError(f"nothing came for {SILENCE_S:.0f} s")
+    except UnknownTopicOrPartitionError as error:
+        raise NotFound("the broker lacks a topic; `mini-studio journal refill` makes it again") from error
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Unavailable(f"the broker at {settings.bootstrap} is away: {error!r}") from error
+    finally:
+        await quietly(asyncio.wait_for(consumer.stop(), 5))
+
+
+async def at_end(consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]) -> bool:
+    """Whether everything has been read that the log held at the last fetch."""
+    for partition in partitions:
+        highwater = consumer.highwater(partition)
+        # None until a first fetch has been answered; 0, not None, when that found an empty partition.
+        if highwater is None or await consumer.position(partition) < highwater:
+            return False
+    return True
