@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import statistics
 import tempfile
-import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
 
 from benchmarks.catch_up import PER_JOB, history
-from benchmarks.publish import broker
+from benchmarks.publish import Stopwatch, Took, broker
 from consumers import jobs, routes
 from events.base import Cause, Envelope, Event
 from events.deployments import DeploymentApplied, DeploymentReady, DeployRequested, Scale
@@ -40,6 +39,7 @@ from mini_studio.bus.consumer import Consumer, start_broker
 from mini_studio.bus.delivery import Delivery, no_decoding, parse
 from mini_studio.bus.kafka import create_topics
 from mini_studio.bus.relay import outgoing
+from mini_studio.records.record import ANYONE
 from mini_studio.records.store import Collection, Document
 from mini_studio.settings import Kafka, Log, Settings
 from mini_studio.wiring import Studio, open_studio
@@ -55,28 +55,26 @@ class Checked(Consumer):
         handle = super()._handler(delivery, studio)
 
         async def checked(message: KafkaMessage) -> None:
-            ids = [dict(record.headers)["ce_id"].decode() for record in message.raw_message]  # type: ignore[union-attr]
+            ids = [dict(record.headers)["ce_id"].decode() for record in message.raw_message]
             assert len(await studio.store.journalled(ids)) == len(ids)
             await handle(message)
 
         return checked
 
 
-class Stopwatch:
+class Counting:
     """From the first event to the last."""
 
     def __init__(self, expected: int) -> None:
         self._expected, self._count = expected, 0
-        self._started = 0.0
-        self.seconds = 0.0
-        self.done = asyncio.Event()
+        self._watch: Stopwatch | None = None
+        self.done: asyncio.Future[Took] = asyncio.get_running_loop().create_future()
 
     def handled(self, count: int) -> None:
-        self._started = self._started or time.perf_counter()
+        self._watch = self._watch or Stopwatch()
         self._count += count
-        if self._count >= self._expected:
-            self.seconds = time.perf_counter() - self._started
-            self.done.set()
+        if self._count >= self._expected and not self.done.done():
+            self.done.set_result(self._watch.took(self._count))
 
 
 def a_deployment() -> list[Envelope[Event]]:
@@ -113,31 +111,31 @@ async def fill(studio: Studio, count: int) -> None:
             await studio.publisher.publish([outgoing(entry) for entry in entries[first : first + 1000]])
 
 
-async def timed(kafka_broker: KafkaBroker, watch: Stopwatch) -> float:
-    """Seconds until the broker's subscribers have handled everything."""
+async def counted(kafka_broker: KafkaBroker, counting: Counting) -> Took:
+    """What the broker's subscribers take until everything is handled."""
     await start_broker(kafka_broker)
-    await asyncio.wait_for(watch.done.wait(), 300)
+    took = await asyncio.wait_for(counting.done, 300)
     await kafka_broker.stop()
-    return watch.seconds
+    return took
 
 
-async def ours(kind: type[Consumer], studio: Studio, events: int) -> float:
-    watch, consumer = Stopwatch(events), kind("jobs", group=str(uuid.uuid4()))
+async def ours(kind: type[Consumer], studio: Studio, events: int) -> Took:
+    counting, consumer = Counting(events), kind("jobs", group=str(uuid.uuid4()))
 
     @consumer.on(*jobs.consumer.handlers)
     async def count(envelope: Envelope[Any], studio: Studio) -> None:
-        watch.handled(1)
+        counting.handled(1)
 
-    return events / await timed(consumer.broker(studio.settings.kafka, studio.publisher, studio), watch)
+    return await counted(consumer.broker(studio.settings.kafka, studio.publisher, studio), counting)
 
 
-async def plain(studio: Studio, events: int, **parsing: Any) -> float:
+async def plain(studio: Studio, events: int, **parsing: Any) -> Took:
     """FastStream with the settings of `Consumer.broker`, and none of our rules."""
-    watch, kafka = Stopwatch(events), studio.settings.kafka
+    counting, kafka = Counting(events), studio.settings.kafka
     kafka_broker = KafkaBroker(kafka.bootstrap, acks="all", allow_auto_create_topics=False, logger=None)
 
     async def count(envelope: Envelope[Any], studio: Studio) -> None:
-        watch.handled(1)
+        counting.handled(1)
 
     @kafka_broker.subscriber(
         Topic.FINE_TUNES.value, group_id=str(uuid.uuid4()), batch=True, max_records=jobs.consumer.max_records,
@@ -146,11 +144,11 @@ async def plain(studio: Studio, events: int, **parsing: Any) -> float:
         **parsing,
     )  # fmt: skip
     async def handle(message: KafkaMessage) -> None:
-        for record in message.raw_message:  # type: ignore[union-attr]
+        for record in message.raw_message:
             headers = {name: value.decode() for name, value in record.headers}
             await count(decode(record.key, headers, record.value), studio)
 
-    return events / await timed(kafka_broker, watch)
+    return await counted(kafka_broker, counting)
 
 
 @contextlib.asynccontextmanager
@@ -161,17 +159,17 @@ async def a_studio(kafka: Kafka) -> AsyncIterator[Studio]:
             yield studio
 
 
-async def projected(real: Consumer, kind: type[Consumer], filled: Studio, events: int) -> tuple[float, float]:
-    """Events a second of a projection consumer into a new file (with the same journal), and of its writes alone."""
-    consumer, watch = kind(real.name, group=str(uuid.uuid4())), Stopwatch(events)
+async def projected(real: Consumer, kind: type[Consumer], filled: Studio, events: int) -> tuple[Took, Took]:
+    """What a projection consumer takes into a new file (with the same journal), and what its writes alone take."""
+    consumer, counting = kind(real.name, group=str(uuid.uuid4())), Counting(events)
     project = real._projector
     assert project is not None
 
     @consumer.projects(*real.handlers)
     async def follow(envelopes: list[Envelope[Any]], studio: Studio) -> None:
-        watch.handled(0)
+        counting.handled(0)
         await project(envelopes, studio)
-        watch.handled(len(envelopes))
+        counting.handled(len(envelopes))
 
     kafka = filled.settings.kafka
     async with a_studio(kafka) as studio:
@@ -183,12 +181,13 @@ async def projected(real: Consumer, kind: type[Consumer], filled: Studio, events
             return await put_all(collection, changes)
 
         studio.store.put_all = noted  # type: ignore[method-assign]
-        rate = events / await timed(consumer.broker(kafka, studio.publisher, studio), watch)
+        took = await counted(consumer.broker(kafka, studio.publisher, studio), counting)
     async with a_studio(kafka) as studio:
-        started = time.perf_counter()
+        await studio.jobs.get_all(ANYONE, [])  # opens the file
+        watch = Stopwatch()
         for collection, changes in writes:
             await studio.store.put_all(collection, changes)
-        return rate, events / (time.perf_counter() - started)
+        return took, watch.took(events)
 
 
 async def measure(kafka: Kafka, count: int, rounds: int) -> None:
@@ -198,26 +197,21 @@ async def measure(kafka: Kafka, count: int, rounds: int) -> None:
     async with a_studio(kafka) as filled:
         await fill(filled, count)
         for number in range(1, rounds + 1):
-            print(f"round {number}", flush=True)
             base = await plain(filled, tunes)
-            print(f"  plain FastStream {base:,.0f}/s")
+            print(f"round {number}: plain FastStream {base}", flush=True)
             note(ratios, "bare FastStream", await plain(filled, tunes, parser=parse, decoder=no_decoding), base)
-            for kind in (Consumer, Checked):
-                rate = await ours(kind, filled, tunes)
-                note(ratios, f"our delivery, {kind.__name__}", rate, base)
-            for real, events, kind in (
-                (jobs.consumer, tunes, Consumer),
-                (jobs.consumer, tunes, Checked),
-                (routes.consumer, deployments, Consumer),
-            ):
-                note(ratios, f"{real.name}, {kind.__name__}", *await projected(real, kind, filled, events))
+            note(ratios, "our delivery", await ours(Consumer, filled, tunes), base)
+            note(ratios, "our delivery, journal read", await ours(Checked, filled, tunes), base)
+            note(ratios, "jobs", *await projected(jobs.consumer, Consumer, filled, tunes))
+            note(ratios, "jobs, journal read", *await projected(jobs.consumer, Checked, filled, tunes))
+            note(ratios, "routes", *await projected(routes.consumer, Consumer, filled, deployments))
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.2f}x")
 
 
-def note(ratios: dict[str, list[float]], name: str, rate: float, base: float) -> None:
-    ratios.setdefault(name, []).append(rate / base)
-    print(f"  {name} {rate:,.0f}/s beside {base:,.0f}/s ({rate / base:.2f}x)", flush=True)
+def note(ratios: dict[str, list[float]], name: str, took: Took, base: Took) -> None:
+    ratios.setdefault(name, []).append(took.rate / base.rate)
+    print(f"  {name} {took.beside(base)}", flush=True)
 
 
 def main() -> None:
