@@ -103,12 +103,19 @@ class SqliteStore:
         await self._write(work)
 
     async def clear(self, collection: Collection) -> None:
-        await self._write(lambda db: db.execute(f"DELETE FROM {collection.name}"))  # noqa: S608
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(f"DELETE FROM {collection.name}")  # noqa: S608
+
+        await self._write(work)
 
     async def journal(self, stored: Sequence[dict[str, Any]]) -> None:
         rows = [(entry["headers"]["ce_id"], entry["key"], orjson.dumps(entry)) for entry in stored]
         sql = "INSERT INTO event_journal (event_id, key, stored) VALUES (?, ?, ?) ON CONFLICT (event_id) DO NOTHING"
-        await self._write(lambda db: db.executemany(sql, rows))
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany(sql, rows)
+
+        await self._write(work)
 
     async def read_journal(self, *, after: int = 0, limit: int = 1000, key: str | None = None) -> list[JournalEntry]:
         sql = "SELECT position, event_id, stored FROM event_journal WHERE position > ? "
@@ -163,6 +170,10 @@ class SqliteStore:
                 time.sleep(0.01)
 
     async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `work` in a transaction of its own. It must not return a cursor.
+
+        A cursor that is freed in another thread resets its statement, which is shared, while the next write may be using it.
+        """
         deadline = time.monotonic() + self._busy_timeout_s
 
         def run() -> T:

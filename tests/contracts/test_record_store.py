@@ -3,8 +3,10 @@
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -235,4 +237,25 @@ async def test_a_file_of_before_the_outbox_had_its_column_is_brought_over(tmp_pa
     assert await store.pending([THINGS], 10) == []
     with pytest.raises(DuplicateRecord):
         await store.insert(THINGS, thing("c", name="a"))
+    await store.aclose()
+
+
+class Guarded(SqliteStore):
+    """Fails when a cursor leaves its thread: freed elsewhere, it would reset a statement that the next write is using."""
+
+    async def _in(self, executor: ThreadPoolExecutor, run: Callable[[], Any]) -> Any:
+        result = await super()._in(executor, run)
+        assert not isinstance(result, sqlite3.Cursor)
+        return result
+
+
+async def test_no_cursor_leaves_its_thread(tmp_path: Path) -> None:
+    store = Guarded(tmp_path / "records.sqlite", [THINGS])
+    await store.insert(THINGS, thing("a", events=1))
+    await store.replace(THINGS, {**thing("a", events=1), "version": 2}, 1)
+    await store.put_all(THINGS, [(thing("b"), None)])
+    await store.journal(thing("a", events=1)["outbox"])
+    await store.settle([(THINGS, "a", ["a-0"])])
+    assert len(await store.scan(THINGS, limit=10)) == 2
+    await store.clear(THINGS)
     await store.aclose()
