@@ -10,7 +10,7 @@ from aiokafka.errors import KafkaError
 
 from events.topics import ROUTES
 from events.types import DeploymentKind, DeploymentStatus
-from mini_studio.bus.kafka import quietly
+from mini_studio.bus.kafka import at_end, quietly
 from mini_studio.records.routes import Route
 from mini_studio.settings import Kafka
 
@@ -104,7 +104,7 @@ class RouteFeed:
                 for records in (await consumer.getmany(timeout_ms=500)).values():
                     for record in records:
                         self._apply(record.key, record.value, dict(record.headers))
-                self._table.loaded = self._table.loaded or await _at_end(consumer, partitions)
+                self._table.loaded = self._table.loaded or await at_end(consumer, partitions)
                 self.problem = None
         finally:
             with contextlib.suppress(Exception):
@@ -121,12 +121,3 @@ class RouteFeed:
 def revision_in(headers: dict[str, bytes]) -> int:
     """A tombstone has no value to say its revision: every record's `ce_id`, `<deployment>/<revision>`, does."""
     return int(headers.get("ce_id", b"").rpartition(b"/")[2])
-
-
-async def _at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
-    for partition in partitions:
-        highwater = consumer.highwater(partition)
-        # None until a first fetch has been answered; 0, not None, when that found an empty partition.
-        if highwater is None or await consumer.position(partition) < highwater:
-            return False
-    return True

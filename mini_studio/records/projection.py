@@ -8,6 +8,7 @@ from pydantic import Field
 
 from events.base import Cause, Envelope, Event, Source
 from events.registry import restore
+from mini_studio.errors import Conflict
 from mini_studio.records.record import ANYONE, Record, Repository
 from mini_studio.records.store import DuplicateRecord, RecordStore
 
@@ -45,7 +46,11 @@ class Projection(Record):
         return changed.model_copy(update={"outbox": (*self.outbox, envelope.stored())})
 
     def apply(self, envelope: Envelope[Any]) -> Self | None:
-        """The record with the event applied; None when it, or a later one of its source, was applied before."""
+        """The record with the event applied; None when it, or a later one of its source, was applied before.
+
+        Raises `Conflict` for another client's event.
+        """
+        self.check_owner(envelope)
         if envelope.sequence <= self.last(envelope):
             return None
         at = timestamp(envelope.time)
@@ -154,7 +159,7 @@ class Projections(Repository[P]):
             if self._projection.begin(earlier) is not None:
                 await self.apply(earlier)
                 return await self.apply(envelope)
-        return None
+        raise Conflict(f"no request of {envelope.subject} is known, neither as a record nor in the journal")
 
     async def _catch_up(self, envelope: Envelope[Any], applied: int) -> None:
         for earlier in await self._history(envelope.subject):

@@ -1,5 +1,6 @@
 """Reads and writes a log as any Kafka client does, without the studio's own code."""
 
+import time
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -13,13 +14,24 @@ async def read_all(bootstrap: str, topic: str) -> list[Any]:
         bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False, fetch_max_wait_ms=20
     )
     await consumer.start()
-    consumer.assign([TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or {0})])
-    records: list[Any] = []
-    for _ in range(4):
-        for batch in (await consumer.getmany(timeout_ms=500)).values():
-            records += batch
+    partitions = [TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or {0})]
+    consumer.assign(partitions)
+    records: dict[TopicPartition, list[Any]] = {partition: [] for partition in partitions}
+    deadline = time.monotonic() + 60
+    while not await _at_end(consumer, partitions):
+        assert time.monotonic() < deadline, "the log could not be read to its end"
+        for partition, batch in (await consumer.getmany(timeout_ms=100)).items():
+            records[partition] += batch
     await consumer.stop()
-    return records
+    return [record for partition in partitions for record in records[partition]]
+
+
+async def _at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
+    for partition in partitions:
+        end = consumer.highwater(partition)  # None before the first fetch was answered
+        if end is None or await consumer.position(partition) < end:
+            return False
+    return True
 
 
 async def write(
@@ -33,12 +45,13 @@ async def write(
     await producer.stop()
 
 
-async def write_nulls(bootstrap: str, topic: str, headers: Headers) -> None:
-    """Put a record without key and value on the log: other clients may, this one does so only in a batch of its own."""
+async def write_nulls(bootstrap: str, topic: str, headers: Headers) -> int:
+    """Put a record without key and value on partition 0: other clients may, this one does so only in a batch of its own. Its offset."""
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap)
     await producer.start()
     batch = producer.create_batch()
     batch.append(key=None, value=None, timestamp=None, headers=headers)
     batch.close()
-    await (await producer.send_batch(batch, topic, partition=0))
+    put = await (await producer.send_batch(batch, topic, partition=0))
     await producer.stop()
+    return int(put.offset)
