@@ -6,7 +6,7 @@ from typing import TypeVar
 import typer
 
 from mini_studio.bus.dead_letters import DeadLetter, DeadLetters, State
-from mini_studio.bus.kafka import Publisher
+from mini_studio.bus.kafka import Publisher, all_left
 from mini_studio.errors import StudioError
 from mini_studio.settings import Settings
 
@@ -21,6 +21,8 @@ async def _with(settings: Settings, do: Callable[[DeadLetters], Awaitable[T]]) -
         except StudioError as error:
             typer.echo(f"error: {error.message}", err=True)
             raise typer.Exit(1) from None
+        finally:
+            await all_left()
 
 
 async def show_all(settings: Settings, consumer: str | None, state: State) -> None:

@@ -165,6 +165,11 @@ def leave(client: Any) -> None:
     task.add_done_callback(_LEAVING.discard)
 
 
+async def all_left() -> None:
+    """Wait for clients that were given up: a process that ends before they do has them complain."""
+    await asyncio.gather(*_LEAVING)
+
+
 async def quietly(closing: Any) -> None:
     """Await a client's closing, whatever it says."""
     with contextlib.suppress(Exception):
