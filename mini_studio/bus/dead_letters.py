@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import structlog
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka.errors import KafkaError
 
 from events.topics import dead_letter_topic
@@ -175,10 +175,12 @@ class DeadLetters:
         return sorted(letters, key=lambda letter: (letter.time, letter.id), reverse=True)
 
     async def _batches(self, consumer: str) -> AsyncGenerator[list["ConsumerRecord[Any, Any]"]]:
-        """All records of the consumer's dead-letter topics, by assignment. Raises `NotFound` and `Unavailable`."""
+        """All records of the consumer's dead-letter topics. Raises `NotFound` and `Unavailable`."""
         if consumer not in READERS:
             raise NotFound(f"there is no consumer {consumer[:100]!r}; there are {', '.join(READERS)}")
         client = AIOKafkaConsumer(
+            *(dead_letter_topic(topic, consumer) for topic in READERS[consumer]),
+            group_id=None,  # all partitions, and nobody's position moves
             bootstrap_servers=self._settings.bootstrap,
             auto_offset_reset="earliest",
             enable_auto_commit=False,
@@ -186,9 +188,7 @@ class DeadLetters:
         )
         try:
             await asyncio.wait_for(client.start(), ANSWER_S)
-            topics = [dead_letter_topic(topic, consumer) for topic in READERS[consumer]]
-            partitions = [TopicPartition(t, p) for t in topics for p in sorted(client.partitions_for_topic(t) or ())]
-            client.assign(partitions)
+            partitions = list(client.assignment())
             heard = time.monotonic()
             while not await at_end(client, partitions):
                 for records in (await client.getmany(timeout_ms=100, max_records=READ_AT_ONCE)).values():

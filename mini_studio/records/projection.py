@@ -140,7 +140,8 @@ class Projections(Repository[P]):
                 await self.apply(envelope)
 
     async def _begin(self, envelope: Envelope[Any]) -> P | None:
-        record = self._projection.begin(envelope)
+        # A later request would begin one as well, and not with what the aggregate's first one says.
+        record = self._projection.begin(envelope) if envelope.sequence == 1 else None
         if record is None:
             return await self._replay(envelope)
         try:
