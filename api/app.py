@@ -11,7 +11,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from api import errors, fine_tuning, inference
+from api import admin, errors, fine_tuning, inference
 from api.deps import Feed, Routes, TheStudio
 from api.requests import RequestContext
 from mini_studio.bus.routes import RouteFeed, RouteTable
@@ -55,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     app.include_router(fine_tuning.router)
     app.include_router(inference.router)
+    app.include_router(admin.router)
     app.add_api_route("/", welcome, tags=["studio"])
     app.add_api_route("/health", health, tags=["studio"])
     app.add_api_route("/metrics", metrics, tags=["studio"], response_class=Response)

@@ -44,7 +44,7 @@ def answer(
 
 async def studio_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StudioError)  # noqa: S101
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else {}
+    headers = {503: {"Retry-After": str(RETRY_AFTER_S)}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status, {})
     return answer(request, error.status, error.code, error.message, error.details, headers)
 
 

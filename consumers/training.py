@@ -16,7 +16,9 @@ consumer.service(watcher.watch)
 @consumer.on(FineTuneRequested)
 async def claim(envelope: Envelope[FineTuneRequested], studio: Studio) -> None:
     """Queue one training run for a requested fine-tune; the watcher starts it when resources are free."""
-    if await studio.runs.get(ANYONE, envelope.subject) is not None:
+    run = await studio.runs.get(ANYONE, envelope.subject)
+    if run is not None:
+        run.check_owner(envelope)
         return
     try:
         await studio.runs.insert(TrainingRun.claim(envelope))

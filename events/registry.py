@@ -94,7 +94,7 @@ def restore(stored: Mapping[str, Any]) -> Envelope[Event]:
 
 def _json_object(value: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(value)
+        data = json.loads(value, parse_constant=_not_json)
     except RecursionError:
         raise UndecodableEvent("the value is nested too deeply") from None
     except ValueError as error:
@@ -102,6 +102,11 @@ def _json_object(value: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UndecodableEvent("the value is not a JSON object")
     return data
+
+
+def _not_json(constant: str) -> None:
+    """Python reads NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _envelope(headers: Mapping[str, str], event_class: type[Event], data: dict[str, Any]) -> Envelope[Event]:

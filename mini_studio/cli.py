@@ -29,6 +29,11 @@ journal = typer.Typer(
 )
 app.add_typer(events, name="events")
 app.add_typer(journal, name="journal")
+dead_letters = typer.Typer(
+    help="Records that a consumer could never handle: look at them, remove the cause, put them back.",
+    no_args_is_help=True,
+)
+app.add_typer(dead_letters, name="dead-letters")
 
 DataOption = Annotated[
     Path | None,
@@ -55,6 +60,12 @@ class Rebuilt(StrEnum):
 class EventSource(StrEnum):
     JOURNAL = "journal"
     TOPICS = "topics"
+
+
+class LetterState(StrEnum):
+    OPEN = "open"
+    REDRIVEN = "redriven"
+    ALL = "all"
 
 
 def settings_for(data: Path | None, process: str) -> Settings:
@@ -255,6 +266,58 @@ def tail(
         asyncio.run(tailing.tail(settings, follow=follow, subject=subject, as_json=with_json))
     except (KeyboardInterrupt, BrokenPipeError):
         raise typer.Exit(0) from None
+
+
+@dead_letters.command("list")
+def list_dead_letters(
+    data: DataOption = None,
+    consumer: Annotated[ConsumerName | None, typer.Option(help="Only this consumer's.")] = None,
+    state: Annotated[
+        LetterState, typer.Option(help="Open ones wait for you; redriven ones were put back.")
+    ] = LetterState.OPEN,
+) -> None:
+    """Time, state, id and reason of dead letters, newest first.
+
+    A consumer puts aside what no repeat can help: what is not an event, what did not come from this studio, and what its
+    handler refuses. It goes on with the records behind it. Outages put nothing aside, they are waited out.
+    """
+    settings = settings_for(data, "dead-letters")
+    from mini_studio import redriving
+
+    asyncio.run(redriving.show_all(settings, consumer and consumer.value, state.value))
+
+
+@dead_letters.command("show")
+def show_dead_letter(
+    id: Annotated[str, typer.Argument(help="As `dead-letters list` prints it.")], data: DataOption = None
+) -> None:
+    """The whole record as it was sent, where it came from, and why it was put aside."""
+    settings = settings_for(data, "dead-letters")
+    from mini_studio import redriving
+
+    asyncio.run(redriving.show(settings, id))
+
+
+@dead_letters.command("redrive")
+def redrive_dead_letters(
+    id: Annotated[str | None, typer.Argument(help="One of them, as `dead-letters list` prints it.")] = None,
+    consumer: Annotated[ConsumerName | None, typer.Option(help="All open ones of this consumer.")] = None,
+    data: DataOption = None,
+) -> None:
+    """Put one dead letter, or all of a consumer, back where they came from.
+
+    First remove the cause: deploy the version that knows the event, mend the handler, restore the journal. Only the consumer
+    that failed takes the record again; other subscribers see an event they know by its id. One that fails again is a new dead letter.
+    """
+    if (id is None) == (consumer is None):
+        raise typer.BadParameter("name one dead letter by its id, or a consumer: --consumer NAME")
+    settings = settings_for(data, "dead-letters")
+    from mini_studio import redriving
+
+    if id is not None:
+        asyncio.run(redriving.redrive(settings, id))
+    elif consumer is not None:
+        asyncio.run(redriving.redrive_all(settings, consumer.value))
 
 
 @app.command()

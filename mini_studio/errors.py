@@ -2,6 +2,7 @@
 
     StudioError
     |-- BadRequest                400  the request cannot be understood
+    |-- Unauthorized              401  the admin token is missing or wrong
     |-- NotFound                  404  not there, or another client's
     |-- Conflict                  409  the state does not allow it
     |-- TooLarge                  413  over a limit; the message names the setting
@@ -42,6 +43,12 @@ class BadRequest(StudioError):
     """The request cannot be understood."""
 
     status, code = 400, "bad_request"
+
+
+class Unauthorized(StudioError):
+    """This needs the studio's admin token: `Authorization: Bearer <MINI_STUDIO_API__ADMIN_TOKEN>`."""
+
+    status, code = 401, "unauthorized"
 
 
 class NotFound(StudioError):

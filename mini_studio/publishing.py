@@ -38,7 +38,9 @@ Delivery is at least once. Keep the last sequence per subject and source, and dr
 The embedded broker starts empty and is refilled at every start, so offsets change there while ids and sequences stay: a
 subscriber begins again at offset 0 when the broker's positions are lower than its own. What a consumer of the studio can never
 handle goes, byte for byte, to `<topic>.<consumer>.dead`, with the reason and the place it came from in added headers
-(`dlq_reason`, `dlq_topic`, `dlq_partition`, `dlq_offset`).
+(`dlq_reason`, `dlq_topic`, `dlq_partition`, `dlq_offset`). `mini-studio dead-letters` and `/admin/dead-letters` show it, and put
+it back when its cause is gone: then the event comes once more, the same but for a last header `dlq_redrive` that names the one
+consumer it is for. What the journal does not have, or has otherwise, is put aside too: only the studio's own relay makes events.
 """
 HEADERS = """| header | meaning |
 |---|---|

@@ -31,6 +31,10 @@ class Api(BaseModel):
     max_body_bytes: int = Field(
         16 * MIB, gt=0, description="Largest JSON body accepted (uploads have their own limit)."
     )
+    admin_token: SecretStr | None = Field(
+        None,
+        description="Bearer token of `/admin`; without one it is open, as all of the API is, to whoever reaches its address.",
+    )
 
 
 class Kafka(BaseModel):

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mini_studio.bus.dead_letters import DeadLetters
 from mini_studio.bus.kafka import Publisher
 from mini_studio.bus.relay import Relay
 from mini_studio.drivers.catalogue import ModelCatalogue
@@ -55,6 +56,7 @@ class Studio:
             settings.record_file, COLLECTIONS + SHADOWS, busy_timeout_s=settings.records.busy_timeout_s
         )
         self.publisher = Publisher(settings.kafka)
+        self.dead_letters = DeadLetters(settings.kafka, self.publisher)
         self.relay = Relay(
             self.store, self.publisher, relayed, min_age_s=2.0 if sweeper else 0.0, poll_s=1.0 if sweeper else None
         )

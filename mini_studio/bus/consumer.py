@@ -20,9 +20,11 @@ from faststream.kafka import KafkaBroker, KafkaMessage
 from events.base import Envelope, Event
 from events.registry import BY_TYPE, decode
 from events.topics import Topic
-from mini_studio.bus.delivery import Delivery, bound, no_decoding, parse, text_headers
+from mini_studio.bus.delivery import Delivery, bound, no_decoding, parse, redriven_for, text_headers
 from mini_studio.bus.kafka import READERS, Publisher
 from mini_studio.bus.metrics import EVENTS_IN, HANDLER_SECONDS
+from mini_studio.bus.provenance import verify
+from mini_studio.errors import StudioError
 from mini_studio.settings import Kafka
 
 log = structlog.get_logger(__name__)
@@ -104,12 +106,13 @@ class Consumer:
 
     def _handler(self, delivery: Delivery, studio: Any) -> Callable[[KafkaMessage], Awaitable[None]]:
         async def one(record: Any, headers: dict[str, str]) -> None:
-            if self.wants(headers):
-                await self.deliver(decode(record.key, headers, record.value), studio)
+            if self.wants(record, headers):
+                (envelope,) = await self._envelopes([(record, headers)], studio)
+                await self.deliver(envelope, studio)
 
         async def handle(message: KafkaMessage) -> None:
             records = cast("tuple[Any, ...]", message.raw_message)
-            if not await self._project(records, studio):
+            if not await self._project(records, delivery, studio):
                 with bound():
                     for record in records:
                         await delivery.deliver(record, one)
@@ -117,20 +120,35 @@ class Consumer:
 
         return handle
 
-    def wants(self, headers: dict[str, str]) -> bool:
-        """False for a known type that is none of this consumer's business: it need not even be decoded."""
-        type_ = headers.get("ce_type", "")
-        return type_ not in BY_TYPE or BY_TYPE[type_] in self.handlers
+    def wants(self, record: Any, headers: dict[str, str]) -> bool:
+        """False for what is none of this consumer's business: another one's redrive, or a known type. It need not even be decoded."""
+        if redriven_for(record) not in (None, self.name):
+            return False
+        event_type = BY_TYPE.get(headers.get("ce_type", ""))
+        return event_type is None or event_type in self.handlers or record.topic != event_type.TOPIC
 
-    async def _project(self, records: Sequence[Any], studio: Any) -> bool:
-        """Take the whole batch at once; False when something in it is wrong, so that each record gets its own verdict."""
+    async def _envelopes(self, told: Sequence[tuple[Any, dict[str, str]]], studio: Any) -> list[Envelope[Any]]:
+        """The events of records, given with their text headers, all of them as the journal has them. Raises `UndecodableEvent`."""
+        envelopes = [decode(record.key, headers, record.value) for record, headers in told]
+        journal = await studio.store.journalled([envelope.id for envelope in envelopes])
+        for (record, _), envelope in zip(told, envelopes, strict=True):
+            verify(record, envelope, journal)
+        return envelopes
+
+    async def _project(self, records: Sequence[Any], delivery: Delivery, studio: Any) -> bool:
+        """Take the whole batch at once; False when something in it is wrong, so that each record gets its own verdict.
+
+        What is only away for now is away for each of them: then the whole batch is put off.
+        """
         if self._projector is None or len(records) == 1:
             return False
         try:
             told = [(record, text_headers(record)) for record in records]
-            envelopes = [decode(r.key, headers, r.value) for r, headers in told if self.wants(headers)]
+            envelopes = await self._envelopes([(r, headers) for r, headers in told if self.wants(r, headers)], studio)
             await self._projector(envelopes, studio)
         except Exception as error:
+            if isinstance(error, StudioError) and error.retryable:
+                await delivery.put_off(delivery.count_failure(records[0]), error.message)
             log.info("consumer.batch_taken_apart", consumer=self.name, records=len(records), reason=repr(error))
             return False
         for (topic, type_), count in Counter((e.topic, e.type) for e in envelopes).items():

@@ -26,13 +26,19 @@ from events.topics import dead_letter_topic
 from mini_studio.bus.kafka import Outgoing, Publisher
 from mini_studio.bus.metrics import DEAD_LETTERS, RETRIES
 from mini_studio.errors import StudioError
+from mini_studio.records.projection import timestamp
 
 log = structlog.get_logger(__name__)
 
-BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 10.0
+BACKOFF_MIN_S, BACKOFF_MAX_S = 1.25, 10.0
+"""The first with its jitter is a second: nothing that is away is asked more often by one consumer."""
 MAX_SURPRISES = 5
 """Deliveries of one record that may end in an unexpected exception before it counts as permanent."""
 
+ORIGIN = ("dlq_consumer", "dlq_reason", "dlq_topic", "dlq_partition", "dlq_offset", "dlq_time")
+"""The headers that a dead letter has behind the record's own, in this order."""
+REDRIVE = "dlq_redrive"
+"""The last header of a record that was put back: the one consumer that it is for."""
 
 Place = tuple[str, int, int]
 Handle = Callable[[Any, dict[str, str]], Awaitable[None]]
@@ -53,6 +59,18 @@ def text_headers(record: "ConsumerRecord[Any, Any]") -> dict[str, str]:
         except (UnicodeDecodeError, AttributeError):
             continue
     return readable
+
+
+def redriven_for(record: "ConsumerRecord[Any, Any]") -> str | None:
+    """The one consumer that a record which was put back is for; None: it was not, and is for all."""
+    name, value = record.headers[-1] if record.headers else ("", b"")
+    return (value or b"").decode(errors="replace") if name == REDRIVE else None
+
+
+def sent_headers(record: "ConsumerRecord[Any, Any]") -> list[tuple[str, bytes]]:
+    """The record's headers as it was first sent, without the one that putting it back added."""
+    headers = list(record.headers)
+    return headers if redriven_for(record) is None else headers[:-1]
 
 
 async def parse(records: Any, original: Callable[[Any], Awaitable[KafkaMessage]]) -> KafkaMessage:
@@ -138,19 +156,12 @@ class Delivery:
 
     async def dead_letter(self, record: "ConsumerRecord[Any, Any]", reason: str) -> None:
         """Copy the record as it is, with where it came from and why in added headers."""
-        origin = {
-            "dlq_consumer": self.consumer,
-            "dlq_reason": reason[:1000],
-            "dlq_topic": record.topic,
-            "dlq_partition": str(record.partition),
-            "dlq_offset": str(record.offset),
-            "dlq_time": datetime.now(UTC).isoformat(),
-        }
-        headers = [*record.headers, *((name, text.encode()) for name, text in origin.items())]
+        place_and_time = (record.topic, str(record.partition), str(record.offset), timestamp(datetime.now(UTC)))
+        said = (self.consumer, reason[:1000], *place_and_time)
+        # A reason may quote the record, and so hold what UTF-8 has no bytes for.
+        origin = [(name, text.encode(errors="replace")) for name, text in zip(ORIGIN, said, strict=True)]
         topic = dead_letter_topic(record.topic, self.consumer)
-        # Kafka takes null keys and null values, its client not both at once.
-        value = b"" if record.key is None and record.value is None else record.value
-        await self.publisher.publish([Outgoing(topic, record.key, value, headers)])
+        await self.publisher.publish([Outgoing(topic, record.key, record.value, [*sent_headers(record), *origin])])
         DEAD_LETTERS.labels(self.consumer, record.topic).inc()
         log.error("delivery.dead_lettered", topic=topic, reason=reason, offset=record.offset)
 

@@ -18,6 +18,11 @@ from mini_studio.settings import Kafka
 log = structlog.get_logger(__name__)
 
 TOPIC_EXISTS = 36
+MIB = 1024 * 1024
+MAX_RECORD_BYTES, MAX_DEAD_LETTER_BYTES = 2 * MIB, 3 * MIB
+"""Largest record of a topic: whatever an event topic took has room in its dead-letter topics, with why it is there."""
+MAX_SENT_BYTES = 64 * MIB
+"""The topics set the limit, not the client: the embedded broker takes any size, and what it took has to be put aside as well."""
 READERS: dict[str, tuple[Topic, ...]] = {
     "datasets": (Topic.DATASETS,),
     "training": (Topic.FINE_TUNES,),
@@ -55,6 +60,7 @@ async def create_topics(settings: Kafka) -> list[str]:
 
 def _new_topic(name: str, settings: Kafka) -> NewTopic:
     configs = {"cleanup.policy": "compact"} if name == ROUTES else {"retention.ms": "-1"}
+    configs["max.message.bytes"] = str(MAX_DEAD_LETTER_BYTES if name.endswith(".dead") else MAX_RECORD_BYTES)
     partitions = 1 if name == ROUTES else settings.partitions
     return NewTopic(name, partitions, settings.replication, topic_configs=configs)
 
@@ -67,6 +73,8 @@ class Outgoing:
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes]]
+    partition: int | None = None
+    """None: the key says which."""
 
 
 class Publisher:
@@ -82,9 +90,7 @@ class Publisher:
         try:
             async with asyncio.timeout(self._settings.publish_timeout_s):
                 producer = await self._started()
-                acks = [
-                    await producer.send(r.topic, key=r.key, value=r.value, headers=list(r.headers)) for r in records
-                ]
+                acks = [await _send(producer, record) for record in records]
                 await asyncio.gather(*acks)
         except (KafkaError, OSError, TimeoutError) as error:
             await self._drop()
@@ -109,9 +115,9 @@ class Publisher:
                     acks="all",
                     enable_idempotence=self._settings.idempotent,
                     request_timeout_ms=int(self._settings.publish_timeout_s * 1000),
-                    max_batch_size=64
-                    * 1024,  # a full partition in a request or two: a quarter less work than with the default 16 KiB
-                    max_request_size=8 * 1024 * 1024,
+                    # a full partition in a request or two: a quarter less work than with the default 16 KiB
+                    max_batch_size=64 * 1024,
+                    max_request_size=MAX_SENT_BYTES,
                 )
                 try:
                     await producer.start()
@@ -125,12 +131,36 @@ class Publisher:
         """Give the wedged client up. Its stop may hang, so nobody waits for it."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            task = asyncio.create_task(quietly(asyncio.wait_for(producer.stop(), 5)))
-            _LEAVING.add(task)
-            task.add_done_callback(_LEAVING.discard)
+            leave(producer)
+
+
+async def _send(producer: AIOKafkaProducer, record: Outgoing) -> Any:
+    """Hand one record to the client; the future is its ack."""
+    headers = list(record.headers)
+    if record.key is not None or record.value is not None:
+        return await producer.send(
+            record.topic, key=record.key, value=record.value, headers=headers, partition=record.partition
+        )
+    # Kafka takes a null key with a null value; its client only in a batch of its own.
+    batch = producer.create_batch()
+    batch.append(key=None, value=None, timestamp=None, headers=headers)
+    batch.close()
+    return await producer.send_batch(batch, record.topic, partition=record.partition or 0)
 
 
 _LEAVING: set[asyncio.Task[None]] = set()
+
+
+def leave(client: Any) -> None:
+    """Stop a client that may hang at it, without waiting for it."""
+    task = asyncio.create_task(quietly(asyncio.wait_for(client.stop(), 5)))
+    _LEAVING.add(task)
+    task.add_done_callback(_LEAVING.discard)
+
+
+async def all_left() -> None:
+    """Wait for clients that were given up: a process that ends before they do has them complain."""
+    await asyncio.gather(*_LEAVING)
 
 
 async def quietly(closing: Any) -> None:

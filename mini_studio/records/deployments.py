@@ -44,6 +44,7 @@ class Deployment(Projection):
     scale: Scale
     generation: int
     removal: int = Field(0, description="Generation of the last removal asked for.")
+    reported: int = Field(0, description="Generation of serving's last report.")
     requested_at: str
     status: DeploymentStatus = DeploymentStatus.DEPLOYING
     refused: bool = False
@@ -66,23 +67,33 @@ class Deployment(Projection):
         return begun(record, envelope)
 
     def changes(self, event: Event, at: str) -> dict[str, Any]:
-        """The API applies its requests before serving's earlier reports arrive, a replay after them: both orders give the same.
+        """The same for every order of the two sources' events, each source's own being in order.
 
-        So what serving reported last answers requests, also while a newer generation is only asked for (a rescale does
-        not interrupt), but none from before a removal does; and a report says the status of its own generation alone.
+        What serving reported last answers requests, also while a newer generation is only asked for (a rescale does not
+        interrupt), but none from before a removal does; and a report says the status of its own generation alone. A report
+        may come before the request that it answers: then the request has nothing to say about the status any more.
         """
         match event:
             case DeployRequested():
                 desired = event.model_dump(include={"model", "base_model", "generation"})
-                reset = {"status": DeploymentStatus.DEPLOYING, "refused": False, "message": None, "requested_at": at}
-                return {**desired, "scale": event.scale, **reset}
+                reset = {} if self.reported >= event.generation else _unreported(DeploymentStatus.DEPLOYING)
+                return {**desired, "scale": event.scale, "requested_at": at, **reset}
             case UndeployRequested():
                 removal = {"generation": event.generation, "removal": event.generation}
-                return {**removal, "status": DeploymentStatus.REMOVING, "refused": False, "message": None, **_SILENT}
+                if self.reported >= event.generation:
+                    return removal
+                return {**removal, **_unreported(DeploymentStatus.REMOVING), **_SILENT}
             case ReleaseEvent() if event.generation >= self.removal:
                 said = _status(event) if event.generation >= self.generation else {}
-                return {**_answers(event), **said}
+                return {"reported": event.generation, **_answers(event), **said}
+            case ReleaseEvent():
+                return {"reported": event.generation}
         return {}
+
+
+def _unreported(status: DeploymentStatus) -> dict[str, Any]:
+    """A generation of which nothing is known yet."""
+    return {"status": status, "refused": False, "message": None}
 
 
 def _answers(event: ReleaseEvent) -> dict[str, Any]:
@@ -96,13 +107,13 @@ def _status(event: ReleaseEvent) -> dict[str, Any]:
     """What has become of the generation that this report is of."""
     match event:
         case DeploymentApplied():
-            return {"status": DeploymentStatus.DEPLOYED, "message": event.message}
+            return {"status": DeploymentStatus.DEPLOYED, "refused": False, "message": event.message}
         case DeploymentReady():
-            return {"status": DeploymentStatus.READY, "message": event.message}
+            return {"status": DeploymentStatus.READY, "refused": False, "message": event.message}
         case DeploymentFailed():
             return {"status": DeploymentStatus.FAILED, "refused": event.refused, "message": event.message}
         case DeploymentRemoved():
-            return {"status": DeploymentStatus.REMOVED, "message": None}
+            return {"status": DeploymentStatus.REMOVED, "refused": False, "message": None}
     return {}
 
 

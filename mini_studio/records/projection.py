@@ -9,6 +9,7 @@ from pydantic import Field
 
 from events.base import Cause, Envelope, Event, Source
 from events.registry import restore
+from mini_studio.errors import Conflict
 from mini_studio.records.record import ANYONE, Record, Repository
 from mini_studio.records.store import DuplicateRecord, RecordStore
 
@@ -46,7 +47,11 @@ class Projection(Record):
         return changed.model_copy(update={"outbox": (*self.outbox, envelope.stored())})
 
     def apply(self, envelope: Envelope[Any]) -> Self | None:
-        """The record with the event applied; None when it, or a later one of its source, was applied before."""
+        """The record with the event applied; None when it, or a later one of its source, was applied before.
+
+        Raises `Conflict` for another client's event.
+        """
+        self.check_owner(envelope)
         if envelope.sequence <= self.last(envelope):
             return None
         at = timestamp(envelope.time)
@@ -161,7 +166,8 @@ class Projections(Repository[P]):
         return None if present is None else advance(present, history)
 
     async def _begin(self, envelope: Envelope[Any]) -> P | None:
-        record = self._projection.begin(envelope)
+        # A later request would begin one as well, and not with what the aggregate's first one says.
+        record = self._projection.begin(envelope) if envelope.sequence == 1 else None
         if record is None:
             return await self._replay(envelope)
         try:
@@ -180,7 +186,7 @@ class Projections(Repository[P]):
             if self._projection.begin(earlier) is not None:
                 await self.apply(earlier)
                 return await self.apply(envelope)
-        return None
+        raise Conflict(f"no request of {envelope.subject} is known, neither as a record nor in the journal")
 
     async def _catch_up(self, envelope: Envelope[Any], applied: int) -> None:
         for earlier in await self._history(envelope.subject):

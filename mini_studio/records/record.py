@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from events.base import Cause, Envelope, Event
 from events.registry import subject_of
-from mini_studio.errors import Unavailable
+from mini_studio.errors import Conflict, Unavailable
 from mini_studio.records.store import Collection, Document, RecordStore
 
 ANYONE: Literal["*"] = "*"
@@ -44,6 +44,13 @@ class Record(BaseModel):
     @classmethod
     def load(cls, document: dict[str, Any]) -> Self:
         return cls.model_validate({**document, "id": document["_id"]})
+
+    def check_owner(self, envelope: Envelope[Any]) -> None:
+        """An event of another client may never change the record. Raises `Conflict`."""
+        if envelope.client_code != self.client_code:
+            raise Conflict(
+                f"{self.id} is of client {self.client_code!r}, event {envelope.id!r} of {envelope.client_code!r}"
+            )
 
 
 class Decider(Record):

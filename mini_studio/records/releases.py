@@ -45,7 +45,8 @@ class Release(Decider):
         )
 
     def want(self, envelope: Envelope[Any]) -> Self | None:
-        """Follow a newer request; older generations and repeats change nothing."""
+        """Follow a newer request; older generations and repeats change nothing. Raises `Conflict` for another client's."""
+        self.check_owner(envelope)
         event = envelope.data
         if event.generation <= self.generation:
             return None

@@ -1,4 +1,4 @@
-"""A real broker for these tests: the embedded one, on a free port."""
+"""A real broker for each of these tests: the embedded one, on a free port. A log has one journal, which says what is genuine."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from mini_studio.wiring import COLLECTIONS, Studio, open_studio
 from tests.fakes.broker import running_broker
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def bootstrap() -> Iterator[str]:
     with running_broker() as address:
         yield address

@@ -1,8 +1,9 @@
 """Reads and writes a log as any Kafka client does, without the studio's own code."""
 
+import time
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 Headers = list[tuple[str, Any]]
 
@@ -11,15 +12,26 @@ async def read_all(bootstrap: str, topic: str) -> list[Any]:
     """Every record of a topic, partition by partition; no group, nobody's position moves."""
     # A real broker tells only of the partitions of topics that are asked for here; without a group all are assigned.
     consumer = AIOKafkaConsumer(
-        topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False, fetch_max_wait_ms=20
+        topic, group_id=None, bootstrap_servers=bootstrap, auto_offset_reset="earliest", fetch_max_wait_ms=20
     )
     await consumer.start()
-    records: list[Any] = []
-    for _ in range(4):
-        for batch in (await consumer.getmany(timeout_ms=500)).values():
-            records += batch
+    partitions = sorted(consumer.assignment())
+    records: dict[TopicPartition, list[Any]] = {partition: [] for partition in partitions}
+    deadline = time.monotonic() + 60
+    while not await _at_end(consumer, partitions):
+        assert time.monotonic() < deadline, "the log could not be read to its end"
+        for partition, batch in (await consumer.getmany(timeout_ms=100)).items():
+            records[partition] += batch
     await consumer.stop()
-    return records
+    return [record for partition in partitions for record in records[partition]]
+
+
+async def _at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
+    for partition in partitions:
+        end = consumer.highwater(partition)  # None before the first fetch was answered
+        if end is None or await consumer.position(partition) < end:
+            return False
+    return True
 
 
 async def write(
@@ -33,12 +45,13 @@ async def write(
     await producer.stop()
 
 
-async def write_nulls(bootstrap: str, topic: str, headers: Headers) -> None:
-    """Put a record without key and value on the log: other clients may, this one does so only in a batch of its own."""
+async def write_nulls(bootstrap: str, topic: str, headers: Headers) -> int:
+    """Put a record without key and value on partition 0: other clients may, this one does so only in a batch of its own. Its offset."""
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap)
     await producer.start()
     batch = producer.create_batch()
     batch.append(key=None, value=None, timestamp=None, headers=headers)
     batch.close()
-    await (await producer.send_batch(batch, topic, partition=0))
+    put = await (await producer.send_batch(batch, topic, partition=0))
     await producer.stop()
+    return int(put.offset)
