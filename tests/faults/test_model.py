@@ -20,8 +20,8 @@ pytestmark = pytest.mark.timeout(900)
 
 DELIVERY = ("api", "relay", "relay", "training", "jobs")
 WATCHING = ("watcher", "watcher")
-RIVALS = ("watcher", "rival")
-THROUGH = ("api", "relay", "training", "jobs", "watcher")
+RIVALS = ("watcher", "watcher!")
+THROUGH = ("api", "relay", "training", "jobs", "watcher!")
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def fine_tunes_of(scene: str, states: int) -> Explored:
         case "two handlers":
             model = FineTunes(("api", "relay", "training", "training", "jobs", "jobs"), faults(crash=1, again=1))
         case "lost log":
-            model = FineTunes(THROUGH, faults(crash=1, broker=1, death=1), whole=("watcher",))
+            model = FineTunes(THROUGH, faults(crash=1, broker=1, death=1))
         case "first attempt":
-            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1, unknown=1), whole=("rival",))
+            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1, unknown=1))
             return model.search(model.claimed(), states)
         case "second attempt":
-            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1), whole=("rival",))
+            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1))
             return model.search(model.under_way(), states)
         case _:
             model = FineTunes(WATCHING, faults(crash=1, forget=1, death=1, silence=1, unknown=1))
@@ -83,14 +83,14 @@ def found(model: FineTunes, start: fine_tunes.World) -> str:
 
 def test_without_a_fence_another_attempts_artifact_is_chosen() -> None:
     with repeatable(fine_tunes.FILES, [(TrainingRun, "commit", seeded.commit_without_a_fence)]):
-        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1), whole=("rival",))
+        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1))
         assert "no artifact of its own" in found(model, model.under_way())
 
 
 def test_without_a_new_token_a_new_attempt_is_taken_for_the_old_one() -> None:
     """What was read of the first attempt's progress counts as read of the second's, whose start is then never seen."""
     with repeatable(fine_tunes.FILES, [(TrainingRun, "begin_attempt", seeded.begin_attempt_without_a_token)]):
-        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1), whole=("rival",))
+        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1))
         assert "in the end the run is submitted" in found(model, model.under_way())
 
 
@@ -111,5 +111,5 @@ def test_settled_before_the_ack_an_event_never_leaves(world: None) -> None:
 
 def test_without_sequences_a_job_goes_back() -> None:
     with repeatable(fine_tunes.FILES, [(Projection, "apply", seeded.apply_without_sequence)]):
-        model = FineTunes(THROUGH, fine_tunes.Faults(again=1), whole=("watcher", "relay", "training"))
+        model = FineTunes(("relay!", "training!", "jobs", "watcher!"), fine_tunes.Faults(again=1))
         assert "is not what its events make" in found(model, model.under_way())

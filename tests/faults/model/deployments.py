@@ -153,7 +153,7 @@ def programs() -> Programs:
             "deploy": ask(DEPLOY), "rescale": ask(LARGER), "remove": lambda: remove(of),
             "relay": lambda: Relay(of.store, ModelPublisher(), OUTBOXES).sweep(),  # type: ignore[arg-type]
             "serving": serve, "routes": lambda _offset, ids: routes.project([event(id) for id in ids], of),
-            "watcher": lambda: turn(of), "rival": lambda: turn(of),
+            "watcher": lambda: turn(of),
             "sweep": lambda: watcher.sweep(of),
         }
     )  # fmt: skip
@@ -178,20 +178,18 @@ class Deployments(Actors):
     def __init__(
         self, slots: Sequence[str], faults: Faults, wishes: Sequence[str], *, removes: Removes = up_to, **how: Any
     ) -> None:
-        super().__init__((*sorted({*wishes}), *slots), programs(), **how)
+        super().__init__(slots, programs(), **how)
         self._faults, self._wishes, self._removes = faults, wishes, removes
 
     def start(self) -> World:
         return World(self._faults, (None,) * len(self._slots), tuple(sorted(self._wishes)))
 
     def serving(self) -> World:
-        """A world in which the first wish has come true: it is served, and everybody knows."""
-        world = self.until_done(self.start(), "deploy")
-        rest = world.wishes
-        world = world._replace(wishes=())
+        """A world in which it was asked for and is served, and everybody knows."""
+        world = self.until_done(self.start()._replace(wishes=()), "deploy")
         while (step := self.fair(world)) is not None:
             world = step[1]
-        return world._replace(wishes=rest)
+        return world._replace(wishes=self.start().wishes)
 
     def search(self, start: World, limit: int) -> Explored:
         return explore(self.model(wrong, wrong_step, wrong_end, reached), start, limit)
@@ -202,7 +200,7 @@ class Deployments(Actors):
                 return bool(pending(world.docs))
             case "sweep":
                 return world.held is not None
-            case "watcher" | "rival":
+            case "watcher":
                 release = document(world.docs, "releases")
                 return release is not None and not release["settled"]
             case _:
