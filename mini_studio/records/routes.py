@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from events.topics import ROUTES
 from events.types import DeploymentKind, DeploymentStatus
@@ -44,6 +44,7 @@ class RouteRecord(Record):
 
     route: Route | None = None
     revision: int = 0
+    followed: int = Field(0, description="How many of the deployment's events the route has followed.")
 
     @classmethod
     def of(cls, deployment: Deployment) -> Self:
@@ -55,17 +56,24 @@ class RouteRecord(Record):
         ).following(deployment)  # fmt: skip
 
     def following(self, deployment: Deployment) -> Self:
-        """The route as the deployment now has it; unchanged (same revision) when nothing a gateway needs has changed."""
+        """The route as the deployment now has it; unchanged (same revision) when nothing a gateway needs has changed.
+
+        A consumer that read the deployment before another one went on must not bring back an older route.
+        """
+        followed = sum(deployment.applied.values())
+        if followed < self.followed:
+            return self
         route = None
         if deployment.status not in (DeploymentStatus.REMOVING, DeploymentStatus.REMOVED):
             fields = deployment.model_dump(include=set(Route.model_fields) - {"revision"})
             route = Route(deployment_id=deployment.id, revision=self.revision, **fields)
         if self.revision and route == self.route:
-            return self
+            return self if followed == self.followed else self.model_copy(update={"followed": followed})
         # a route that was dropped and is built anew from the log must not start below what gateways have seen
-        revision = max(self.revision + 1, sum(deployment.applied.values()))
+        revision = max(self.revision + 1, followed)
         route = route and route.model_copy(update={"revision": revision})
-        changed = self.model_copy(update={"route": route, "revision": revision, "cause": deployment.cause})
+        news = {"route": route, "revision": revision, "followed": followed, "cause": deployment.cause}
+        changed = self.model_copy(update=news)
         return changed.model_copy(update={"outbox": (*self.outbox, changed.stored())})
 
     def stored(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from events.deployments import DeploymentReady
 from events.topics import ROUTES
 from mini_studio.bus.kafka import Outgoing, Publisher, create_topics
 from mini_studio.bus.relay import Relay, outgoing
@@ -14,7 +15,7 @@ from mini_studio.settings import Kafka, Settings
 from mini_studio.wiring import Studio, open_studio
 from tests.fakes.broker import running_broker
 from tests.fakes.waiting import until
-from tests.unit.test_records import deployment, ready, removed
+from tests.unit.test_records import deployment, ready, removed, status
 
 
 @contextlib.asynccontextmanager
@@ -33,7 +34,7 @@ async def following(
 
 async def test_late_duplicates_of_routes_change_nothing() -> None:
     record = ready(deployment(), 1)
-    back = removed(record).following(deployment())
+    back = removed(record).following(status(deployment(), DeploymentReady, 3, endpoints=["http://h:1"], replicas=1))
     live, gone, again = [outgoing(entry) for entry in back.outbox[-3:]]
     with running_broker() as bootstrap:
         settings = Kafka(bootstrap=bootstrap, fetch_wait_ms=20)

@@ -305,6 +305,13 @@ def test_a_route_built_anew_is_not_older_than_what_gateways_have_seen() -> None:
     assert anew.revision == grown.revision == 2
 
 
+def test_a_reader_that_was_overtaken_brings_no_older_route_back() -> None:
+    answering = status(deployment(), DeploymentReady, 1, endpoints=["http://127.0.0.1:1"], replicas=1)
+    gone = removed(RouteRecord.of(answering))
+    assert gone.route is None
+    assert gone.following(answering) is gone
+
+
 def test_every_route_record_says_its_revision_and_time() -> None:
     gone = removed(ready(deployment(), 1))
     assert [revision_in({"ce_id": e["headers"]["ce_id"].encode()}) for e in gone.outbox] == [1, 2, 3]
