@@ -217,7 +217,7 @@ class Deployments(Actors):
         if world.held is None:
             return
         if left := world.faults.spend("death"):
-            for state in {STARTING, FAILED} - {world.held.state}:
+            for state in (STARTING, FAILED):
                 yield f"its server is {state}", world._replace(faults=left, held=world.held._replace(state=state))
         if left := world.faults.spend("forget"):
             yield "the driver forgets", world._replace(faults=left, held=None)
