@@ -17,13 +17,16 @@ from mini_studio.wiring import Studio
 log = structlog.get_logger(__name__)
 
 IDLE_S = 10.0
+SWEEP_S = 60.0
 AT_ONCE = 8
 """Releases that are reconciled at the same time."""
 
 
 async def watch(studio: Studio) -> None:
     """Reconcile until cancelled."""
-    await turn(lambda: reconcile(studio), studio.releases_changed)
+    await asyncio.gather(
+        turn(lambda: reconcile(studio), studio.releases_changed), turn(lambda: sweep(studio), asyncio.Event())
+    )
 
 
 async def reconcile(studio: Studio) -> float:
@@ -89,3 +92,13 @@ async def remove(release: Release, studio: Studio) -> None:
         log.warning("serving.waiting", reason=error.message)
         return
     await studio.releases.change(release.client_code, release.id, lambda r: r.removed(release.generation))
+
+
+async def sweep(studio: Studio) -> float:
+    """Remove what was applied after its removal, by a watcher that was slow while another one took over; nobody else would look."""
+    async for report in studio.serving.list():
+        release = await studio.releases.get(ANYONE, report.deployment_id)
+        if release is not None and release.settled and not release.wanted:
+            log.warning("serving.swept", name=report.name, generation=report.generation)
+            await studio.serving.remove(report.name, release.id, release.generation)
+    return SWEEP_S

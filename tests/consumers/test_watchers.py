@@ -12,7 +12,7 @@ import pytest_asyncio
 from consumers import datasets
 from consumers.watchers import attempts, serving, training
 from events.datasets import DatasetUploaded
-from events.deployments import DeployRequested
+from events.deployments import DeployRequested, UndeployRequested
 from events.types import DatasetFormat, new_id
 from mini_studio.drivers.dfs import DfsStore
 from mini_studio.drivers.ports import ReleaseSpec
@@ -303,6 +303,20 @@ async def test_a_server_that_crashes_after_long_service_is_starting_not_late(
     assert told(await release_of(studio, request)) == [
         f"deployment.{name}.v1" for name in ("applied", "ready", "applied")
     ]
+
+
+async def test_what_is_applied_after_its_removal_is_swept(studio: Studio, servers: FakeServingDriver) -> None:
+    request, other = await released(studio), await released(studio)
+    await serving.reconcile(studio)
+    late = await release_of(studio, request)
+    wanted_no_more = UndeployRequested(deployment_id=late.id, generation=2, name=request.name)
+    await studio.releases.change(ANYONE, late.id, lambda r: r.want(envelope(wanted_no_more, late.id, 2)))
+    await serving.reconcile(studio)
+    await serving.keep(late, studio)
+    assert request.name in servers.releases, "a slow watcher has brought it back"
+    await serving.sweep(studio)
+    assert list(servers.releases) == [other.name]
+    assert (await release_of(studio, request)).status == "removed"
 
 
 async def falls_silent(studio: Studio, run: TrainingRun) -> None:

@@ -5,13 +5,16 @@ From every state a fair run without further faults must end with everything done
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from mini_studio.records.projection import Projection
+from mini_studio.records.releases import Release
 from mini_studio.records.training_runs import TrainingRun
 from tests.faults.length import length
-from tests.faults.model import fine_tunes, seeded
+from tests.faults.model import deployments, fine_tunes, seeded
+from tests.faults.model.deployments import Deployments
 from tests.faults.model.fine_tunes import FineTunes
 from tests.faults.model.kernel import Explored, Violation
 from tests.faults.model.parts import repeatable
@@ -20,8 +23,8 @@ pytestmark = pytest.mark.timeout(900)
 
 DELIVERY = ("api", "relay", "relay", "training", "jobs")
 WATCHING = ("watcher", "watcher")
-RIVALS = ("watcher", "rival")
-THROUGH = ("api", "relay", "training", "jobs", "watcher")
+RIVALS = ("watcher", "watcher!")
+THROUGH = ("api", "relay", "training", "jobs", "watcher!")
 
 
 @pytest.fixture
@@ -41,12 +44,12 @@ def fine_tunes_of(scene: str, states: int) -> Explored:
         case "two handlers":
             model = FineTunes(("api", "relay", "training", "training", "jobs", "jobs"), faults(crash=1, again=1))
         case "lost log":
-            model = FineTunes(THROUGH, faults(crash=1, broker=1, death=1), whole=("watcher",))
+            model = FineTunes(THROUGH, faults(crash=1, broker=1, death=1))
         case "first attempt":
-            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1, unknown=1), whole=("rival",))
+            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1, unknown=1))
             return model.search(model.claimed(), states)
         case "second attempt":
-            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1), whole=("rival",))
+            model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1))
             return model.search(model.under_way(), states)
         case _:
             model = FineTunes(WATCHING, faults(crash=1, forget=1, death=1, silence=1, unknown=1))
@@ -65,8 +68,47 @@ def test_a_fine_tune_in_every_order(world: None, scene: str) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_fine_tune_in_many_more_orders(world: None, scene: str) -> None:
-    states = int(length(short=20_000, full=300_000))
+    states = int(length(short=20_000, full=100_000))
     explored = fine_tunes_of(scene, states)
+    print(f"{scene}: {explored}")
+    assert explored.states == states or explored.complete
+
+
+DEPLOYED = ("requests", "serving", "two watchers", "two routes")
+
+
+def deployments_of(scene: str, states: int) -> Explored:
+    faults = deployments.Faults
+    match scene:
+        case "requests":
+            slots = ("deploy", "rescale", "remove", "relay!", "serving", "routes", "watcher!")
+            model = Deployments(slots, faults(crash=1, again=1), ("deploy", "rescale", "remove"))
+            return model.search(model.start(), states)
+        case "serving":
+            slots = ("deploy!", "rescale!", "remove!", "relay!", "serving!", "routes!", "watcher", "sweep!")
+            model = Deployments(slots, faults(1, 0, 1, 1, 1, 1, 1), ("deploy", "remove", "rescale"))
+        case "two watchers":
+            slots = ("deploy!", "rescale!", "remove!", "relay!", "serving!", "watcher", "watcher", "sweep")
+            model = Deployments(slots, faults(crash=1), ("deploy", "remove", "rescale"))
+        case _:
+            slots = ("remove!", "relay!", "serving!", "watcher!", "routes", "routes!")
+            model = Deployments(slots, faults(again=1), ("remove",))
+    return model.search(model.serving(), states)
+
+
+@pytest.mark.parametrize("scene", DEPLOYED)
+def test_a_deployment_in_every_order(world: None, scene: str) -> None:
+    explored = deployments_of(scene, 5000)
+    print(f"{scene}: {explored}")
+    assert explored.states == 5000 or explored.complete
+
+
+@pytest.mark.real
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("scene", DEPLOYED)
+def test_a_deployment_in_many_more_orders(world: None, scene: str) -> None:
+    states = int(length(short=20_000, full=100_000))
+    explored = deployments_of(scene, states)
     print(f"{scene}: {explored}")
     assert explored.states == states or explored.complete
 
@@ -74,7 +116,7 @@ def test_a_fine_tune_in_many_more_orders(world: None, scene: str) -> None:
 # --- seeded bugs
 
 
-def found(model: FineTunes, start: fine_tunes.World) -> str:
+def found(model: FineTunes | Deployments, start: Any) -> str:
     with pytest.raises(Violation) as violation:
         model.search(start, 40_000)
     print(violation.value)
@@ -83,15 +125,28 @@ def found(model: FineTunes, start: fine_tunes.World) -> str:
 
 def test_without_a_fence_another_attempts_artifact_is_chosen() -> None:
     with repeatable(fine_tunes.FILES, [(TrainingRun, "commit", seeded.commit_without_a_fence)]):
-        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1), whole=("rival",))
+        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1))
         assert "no artifact of its own" in found(model, model.under_way())
 
 
 def test_without_a_new_token_a_new_attempt_is_taken_for_the_old_one() -> None:
     """What was read of the first attempt's progress counts as read of the second's, whose start is then never seen."""
     with repeatable(fine_tunes.FILES, [(TrainingRun, "begin_attempt", seeded.begin_attempt_without_a_token)]):
-        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1), whole=("rival",))
+        model = FineTunes(RIVALS, fine_tunes.Faults(forget=1))
         assert "in the end the run is submitted" in found(model, model.under_way())
+
+
+def test_without_a_generation_a_late_removal_takes_the_successor(world: None) -> None:
+    slots = ("deploy!", "remove!", "relay!", "serving!", "watcher", "watcher!")
+    wishes = ("remove", "deploy")
+    model = Deployments(slots, deployments.Faults(), wishes, removes=seeded.remove_whatever_there_is)
+    assert "removal 2 took the objects of generation 3" in found(model, model.serving())
+
+
+def test_without_a_generation_a_request_that_is_read_again_wins() -> None:
+    with repeatable({}, [(Release, "want", seeded.want_without_a_generation)]):
+        model = Deployments(("remove!", "relay!", "serving"), deployments.Faults(again=1), ("remove",))
+        assert "releases went back" in found(model, model.serving())
 
 
 def test_published_before_its_write_an_event_is_a_phantom(world: None) -> None:
@@ -111,5 +166,5 @@ def test_settled_before_the_ack_an_event_never_leaves(world: None) -> None:
 
 def test_without_sequences_a_job_goes_back() -> None:
     with repeatable(fine_tunes.FILES, [(Projection, "apply", seeded.apply_without_sequence)]):
-        model = FineTunes(THROUGH, fine_tunes.Faults(again=1), whole=("watcher", "relay", "training"))
+        model = FineTunes(("relay!", "training!", "jobs", "watcher!"), fine_tunes.Faults(again=1))
         assert "is not what its events make" in found(model, model.under_way())

@@ -16,12 +16,13 @@ class Actors:
     FAIR: ClassVar[tuple[str, ...]]
     """Who goes first when nothing goes wrong any more."""
 
-    def __init__(
-        self, slots: Sequence[str], programs: Programs, *, whole: Sequence[str] = (), acknowledges_first: bool = False
-    ) -> None:
-        """`slots`: who runs, one name twice for two at once. `whole`: who is not interrupted. `acknowledges_first` is a seeded bug."""
-        self._slots, self._programs, self._whole = slots, programs, whole
-        self._acknowledges_first = acknowledges_first
+    def __init__(self, slots: Sequence[str], programs: Programs, *, acknowledges_first: bool = False) -> None:
+        """`slots`: who runs, one name twice for two at once; with a `!` it does its work in one step, and nothing comes between.
+
+        `acknowledges_first` is a seeded bug.
+        """
+        self._slots = [(slot.rstrip("!"), slot.endswith("!")) for slot in slots]
+        self._programs, self._acknowledges_first = programs, acknowledges_first
 
     # --- what each model says
 
@@ -46,10 +47,10 @@ class Actors:
     # --- steps
 
     def steps(self, world: Any) -> Steps:
-        for slot, name in enumerate(self._slots):
+        for slot, (name, whole) in enumerate(self._slots):
             thread = world.threads[slot]
             if thread is None:
-                yield from self._begins(world, slot, name)
+                yield from self._begins(world, slot, name, whole=whole)
             else:
                 yield from self._goes_on(world, slot, thread)
         yield from self.surroundings(world)
@@ -57,16 +58,16 @@ class Actors:
             refilled = world._replace(faults=left, log=world.journal, offsets=(0,) * len(world.offsets))
             yield "the log is lost and refilled", refilled
         for reader, offset in enumerate(world.offsets):
-            if self.READERS[reader] in self._slots and (left := world.faults.spend("again")):
+            if self.READERS[reader] in dict(self._slots) and (left := world.faults.spend("again")):
                 for earlier in range(offset):
                     back = _with_offset(world._replace(faults=left), reader, earlier)
                     yield f"{self.READERS[reader]} reads on from {earlier} again", back
 
-    def _begins(self, world: Any, slot: int, name: str) -> Steps:
+    def _begins(self, world: Any, slot: int, name: str, *, whole: bool) -> Steps:
         thread = self._next_thread(world, name)
         if thread is None:
             return
-        if name in self._whole:
+        if whole:
             for note, after in self._whole_run(world, thread):
                 yield f"{name}{note}", after
         else:

@@ -4,7 +4,6 @@ The world around them is small: a record store, a journal, a log, one job's fold
 """
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from mini_studio.bus.relay import Relay
 from mini_studio.drivers.ports import RunReport, RunState
 from mini_studio.errors import Unavailable
 from mini_studio.records.jobs import Job
-from mini_studio.records.projection import Projections, fold, requested
+from mini_studio.records.projection import Projections, requested
 from mini_studio.records.record import Repository
 from mini_studio.records.store import DuplicateRecord
 from mini_studio.records.training_runs import TrainingRun
@@ -25,7 +24,18 @@ from mini_studio.settings import Settings, Training
 from tests.consumers.cases import CAUSE, fine_tune
 from tests.faults.model.actors import Actors
 from tests.faults.model.kernel import Call, Explored, Programs, Raised, Thread, explore, io
-from tests.faults.model.parts import NOW, Docs, ModelPublisher, ModelStore, answer, document, event, pending
+from tests.faults.model.parts import (
+    NOW,
+    Docs,
+    ModelPublisher,
+    ModelStore,
+    answer,
+    document,
+    event,
+    pending,
+    wrong_events,
+    wrong_projection,
+)
 from workloads.specs import Manifest, Progress
 
 JOB = "job_" + "0" * 24
@@ -215,7 +225,7 @@ def programs(replaced: dict[str, Maker]) -> Programs:
 
     makers: dict[str, Maker] = {
         "api": lambda: submit_fine_tune(of), "relay": relay, "training": deliver(training.consumer),
-        "jobs": deliver(jobs.consumer), "watcher": lambda: turn(JOB, of), "rival": lambda: turn(JOB, of),
+        "jobs": deliver(jobs.consumer), "watcher": lambda: turn(JOB, of),
     }  # fmt: skip
     return Programs(makers | {name: make(of) for name, make in replaced.items()})
 
@@ -426,45 +436,17 @@ def wrong(world: World) -> str | None:
     if world.acknowledged and not world.decided:
         return "a request was acknowledged and is in no record"
     return (
-        _wrong_events(world.docs, world.decided, world.journal, world.log)
-        or _wrong_record(world.docs, world.decided)
+        wrong_events(world.docs, world.decided, world.journal, world.log)
+        or wrong_projection(Job, world.docs, world.decided)
+        or _wrong_ends(world.decided)
         or _wrong_artifact(world.docs, world.folders, world.linked)
     )
 
 
 @lru_cache(maxsize=200_000)
-def _wrong_events(docs: Docs, decided: Sequence[str], journal: Sequence[str], log: Sequence[str]) -> str | None:
-    waiting = pending(docs)
-    if phantoms := ({*journal} | {*log}) - {*decided}:
-        return f"an event that no record knows of: {phantoms}"
-    if unknown := {*log} - {*journal}:
-        return f"on the log and not in the journal: {unknown}"
-    if lost := {*decided} - {*waiting} - {*log}:
-        return f"left its outbox and is not on the log: {lost}"
-    for name, ids in (("records", decided), ("journal", journal), ("log", dict.fromkeys(log))):
-        numbers: dict[str, list[int]] = defaultdict(list)
-        for id in ids:
-            numbers[id.split(".")[0]].append(event(id).sequence)
-        for source, found in numbers.items():
-            if found != list(range(1, len(found) + 1)):
-                return f"sequences of {source} in the {name}: {found}"
+def _wrong_ends(decided: Sequence[str]) -> str | None:
     ends = [id for id in decided if event(id).type in ("fine_tune.succeeded.v1", "fine_tune.failed.v1")]
     return f"it ended more than once: {ends}" if len(ends) > 1 else None
-
-
-@lru_cache(maxsize=200_000)
-def _wrong_record(docs: Docs, decided: Sequence[str]) -> str | None:
-    """The job is what its events make, as far as it has applied them, whatever order they came in."""
-    live = document(docs, "jobs")
-    if live is None:
-        return None
-    seen = [event(id) for id in decided if event(id).sequence <= live["applied"].get(id.split(".")[0], 0)]
-    made = fold(Job, seen)
-    content = {"_id", "status", "attempt", "progress", "error", "started_at", "finished_at", "applied", "dataset"}
-    expected = made and {k: v for k, v in made.document().items() if k in content}
-    if expected != {k: v for k, v in live.items() if k in content}:
-        return f"the job is not what its events make: {live} instead of {expected}"
-    return None
 
 
 @lru_cache(maxsize=200_000)

@@ -2,9 +2,10 @@
 
 import contextlib
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from events.topics import ROUTES
 from mini_studio.bus import relay
 from mini_studio.bus.kafka import Outgoing
 from mini_studio.records import deployments, routes, training_runs
+from mini_studio.records.projection import Projection, fold
 from mini_studio.records.store import Collection, Document, DuplicateRecord, JournalEntry
 from mini_studio.records.training_runs import TrainingRun
 from tests.faults.model.kernel import Call, Raised, io
@@ -162,6 +164,42 @@ def written(world: Any, name: str, id: str, content: bytes) -> Any:
     docs = tuple(sorted([d for d in world.docs if d[:2] != (name, id)] + [(name, id, content)]))
     new = [known(entry) for entry in (unpacked(content) or {})["outbox"]]
     return world._replace(docs=docs, decided=world.decided + tuple(i for i in new if i not in world.decided))
+
+
+@lru_cache(maxsize=200_000)
+def wrong_events(docs: Docs, decided: Sequence[str], journal: Sequence[str], log: Sequence[str]) -> str | None:
+    """What is wrong with the way that events went: written with a record, journal, log, and only then out of the outbox."""
+    waiting = pending(docs)
+    if phantoms := ({*journal} | {*log}) - {*decided}:
+        return f"an event that no record knows of: {phantoms}"
+    if unknown := {key for key in {*log} - {*journal} if not is_route(key)}:
+        return f"on the log and not in the journal: {unknown}"
+    if lost := {*decided} - {*waiting} - {*log}:
+        return f"left its outbox and is not on the log: {lost}"
+    for name, keys in (("records", decided), ("journal", journal), ("log", dict.fromkeys(log))):
+        numbers: dict[str, list[int]] = defaultdict(list)
+        for key in keys:
+            if not is_route(key):
+                numbers[event(key).source].append(event(key).sequence)
+        for source, found in numbers.items():
+            if found != list(range(1, len(found) + 1)):
+                return f"sequences of {source} in the {name}: {found}"
+    return None
+
+
+@lru_cache(maxsize=200_000)
+def wrong_projection(projection: type[Projection], docs: Docs, decided: Sequence[str]) -> str | None:
+    """A record is what its events make, as far as it has applied them, whatever order they came in."""
+    live = document(docs, projection.COLLECTION.name)
+    if live is None:
+        return None
+    events = [event(key) for key in decided if not is_route(key)]
+    made = fold(projection, [e for e in events if e.sequence <= live["applied"].get(e.source.value, 0)])
+    expected = made and orjson.loads(orjson.dumps(made.document()))
+    names = {*live, *(expected or ())} - {"outbox", "version"}
+    wrong = {name: (live.get(name), expected and expected.get(name)) for name in sorted(names)}
+    wrong = {name: pair for name, pair in wrong.items() if pair[0] != pair[1]}
+    return f"the record is not what its events make, but (is, should be): {wrong}" if wrong else None
 
 
 class _Clock:

@@ -6,10 +6,11 @@ from typing import Any
 from events.base import Envelope
 from mini_studio.bus.relay import outgoing
 from mini_studio.records.projection import Projection
+from mini_studio.records.releases import Release
 from mini_studio.records.training_runs import RunPhase, TrainingRun
 from tests.faults.model.parts import ModelPublisher, event, token_by_attempt
 
-_apply = Projection.apply
+_apply, _want = Projection.apply, Release.want
 
 
 def commit_without_a_fence(run: TrainingRun, _token: str) -> TrainingRun | None:
@@ -24,6 +25,14 @@ def begin_attempt_without_a_token(run: TrainingRun) -> TrainingRun | None:
 def apply_without_sequence(record: Projection, envelope: Envelope[Any]) -> Projection | None:
     before = {**record.applied, envelope.source.value: envelope.sequence - 1}
     return _apply(record.model_copy(update={"applied": before}), envelope)
+
+
+def want_without_a_generation(release: Release, envelope: Envelope[Any]) -> Release | None:
+    return _want(release.model_copy(update={"generation": 0}), envelope)
+
+
+def remove_whatever_there_is(_held: Any, _generation: int) -> bool:
+    return True
 
 
 def publish_before_write(of: Any) -> Callable[..., Any]:
