@@ -6,7 +6,17 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from api import deploying, proxy
-from api.deps import IdempotencyHeader, Routes, TheCause, TheStudio, UpstreamClient, UserId, check_owner, check_tenant
+from api.deps import (
+    Feed,
+    IdempotencyHeader,
+    Routes,
+    TheCause,
+    TheStudio,
+    UpstreamClient,
+    UserId,
+    check_owner,
+    check_tenant,
+)
 from events.types import DeploymentId, DeploymentName, Owner
 from schemas.fine_tuning import ErrorResponse
 from schemas.inference import (
@@ -32,6 +42,7 @@ async def deploy_base(
     body: BaseModelDeployRequest,
     response: Response,
     studio: TheStudio,
+    feed: Feed,
     cause: TheCause,
     key: IdempotencyHeader = None,
     prefer: Prefer = None,
@@ -41,7 +52,7 @@ async def deploy_base(
     check_owner(user, body.client_code)
     event = deploying.base_event(body)
     deployment = await deploying.request(studio, body, body.client_code, event, key, cause)
-    return await deploying.answer(deployment, studio, response, prefer)
+    return await deploying.answer(deployment, studio, feed, response, prefer)
 
 
 @router.post("/deploy/fine_tuned")
@@ -49,6 +60,7 @@ async def deploy_fine_tuned(
     body: FineTunedDeployRequest,
     response: Response,
     studio: TheStudio,
+    feed: Feed,
     cause: TheCause,
     key: IdempotencyHeader = None,
     prefer: Prefer = None,
@@ -58,7 +70,7 @@ async def deploy_fine_tuned(
     check_tenant(user, body.client_code)
     event = await deploying.fine_tuned_event(body, studio)
     deployment = await deploying.request(studio, body, body.client_code, event, key, cause)
-    return await deploying.answer(deployment, studio, response, prefer)
+    return await deploying.answer(deployment, studio, feed, response, prefer)
 
 
 @router.get("/deployments")

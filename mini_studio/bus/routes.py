@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -15,6 +16,12 @@ from mini_studio.records.routes import Route
 from mini_studio.settings import Kafka
 
 log = structlog.get_logger(__name__)
+
+SILENT_S = 0.7
+"""How much later than it should an answer of the broker may come before that counts as a problem; it may pass by itself."""
+REPLACED_AFTER_S = 5.0
+"""How much later before the client is replaced: on a half-open connection it would wait 40 s."""
+START_S = 5.0
 
 
 class RouteTable:
@@ -97,18 +104,27 @@ class RouteFeed:
             fetch_max_wait_ms=self._settings.fetch_wait_ms,
         )
         try:
-            await asyncio.wait_for(consumer.start(), 10)
+            await asyncio.wait_for(consumer.start(), START_S)
             partitions = [TopicPartition(ROUTES, p) for p in sorted(consumer.partitions_for_topic(ROUTES) or {0})]
             consumer.assign(partitions)
+            began = time.time()
             while self._epoch() == epoch:
                 for records in (await consumer.getmany(timeout_ms=500)).values():
                     for record in records:
                         self._apply(record.key, record.value, dict(record.headers))
                 self._table.loaded = self._table.loaded or await _at_end(consumer, partitions)
-                self.problem = None
+                self._listen(time.time() - _last_answer(consumer, partitions, began))
         finally:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(quietly(consumer.stop()), 5)
+
+    def _listen(self, silent_s: float) -> None:
+        """Take note of how long the broker has said nothing; an idle one answers every fetch when its wait is over."""
+        overdue_s = silent_s - self._settings.fetch_wait_ms / 1000
+        if overdue_s > REPLACED_AFTER_S:
+            raise TimeoutError(f"the broker has not answered for {silent_s:.0f} s")
+        silent = f"the routes cannot be followed: the broker has not answered for {silent_s:.1f} s"
+        self.problem = silent if overdue_s > SILENT_S else None
 
     def _apply(self, key: bytes, value: bytes | None, headers: dict[str, bytes]) -> None:
         try:
@@ -121,6 +137,12 @@ class RouteFeed:
 def revision_in(headers: dict[str, bytes]) -> int:
     """A tombstone has no value to say its revision: every record's `ce_id`, `<deployment>/<revision>`, does."""
     return int(headers.get("ce_id", b"").rpartition(b"/")[2])
+
+
+def _last_answer(consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], began: float) -> float:
+    """Unix seconds of the last fetch that the broker answered; `began` before the first one."""
+    answers: list[int | None] = [consumer.last_poll_timestamp(partition) for partition in partitions]
+    return max([began, *(milliseconds / 1000 for milliseconds in answers if milliseconds)])
 
 
 async def _at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
