@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -49,7 +49,7 @@ async def create_topics(settings: Kafka) -> None:
     except (KafkaError, OSError, TimeoutError) as error:
         raise Unavailable(f"the broker at {settings.bootstrap} is away: {error}") from error
     finally:
-        await quietly(admin.close())
+        await let_go(admin.close())
 
 
 def _new_topic(name: str, settings: Kafka) -> NewTopic:
@@ -92,7 +92,7 @@ class Publisher:
     async def aclose(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            await quietly(asyncio.wait_for(producer.stop(), 5))
+            await let_go(producer.stop())
 
     async def __aenter__(self) -> Self:
         return self
@@ -113,24 +113,32 @@ class Publisher:
                 try:
                     await producer.start()
                 except BaseException:
-                    await quietly(asyncio.wait_for(producer.stop(), 2))
+                    await let_go(producer.stop(), 0)
                     raise
                 self._producer = producer
             return self._producer
 
     async def _drop(self) -> None:
-        """Give the wedged client up. Its stop may hang, so nobody waits for it."""
+        """Give the wedged client up. It ends when the broker is back and has what was in its buffer, so nobody waits for it."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            task = asyncio.create_task(quietly(asyncio.wait_for(producer.stop(), 5)))
-            _LEAVING.add(task)
-            task.add_done_callback(_LEAVING.discard)
+            await let_go(producer.stop(), 0)
 
 
 _LEAVING: set[asyncio.Task[None]] = set()
 
 
-async def quietly(closing: Any) -> None:
-    """Await a client's closing, whatever it says."""
+async def let_go(closing: Coroutine[Any, Any, None], wait_s: float = 5.0) -> None:
+    """Close a client, and wait for it so long at most: on a dead connection some closings never end.
+
+    It runs apart: others end with a cancellation that nobody asked for, and that would end whoever awaited it.
+    """
+    task = asyncio.create_task(_quietly(closing))
+    _LEAVING.add(task)
+    task.add_done_callback(_LEAVING.discard)
+    await asyncio.wait([task], timeout=wait_s)
+
+
+async def _quietly(closing: Coroutine[Any, Any, None]) -> None:
     with contextlib.suppress(Exception):
         await closing

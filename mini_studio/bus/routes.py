@@ -1,7 +1,6 @@
 """The gateways' routes: a table in memory, and the feed that follows `mini-studio.routes` by assignment (no group: a broadcast)."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,7 +10,7 @@ from aiokafka.errors import KafkaError
 
 from events.topics import ROUTES
 from events.types import DeploymentKind, DeploymentStatus
-from mini_studio.bus.kafka import quietly
+from mini_studio.bus.kafka import let_go
 from mini_studio.records.routes import Route
 from mini_studio.settings import Kafka
 
@@ -115,8 +114,7 @@ class RouteFeed:
                 self._table.loaded = self._table.loaded or await _at_end(consumer, partitions)
                 self._listen(time.time() - _last_answer(consumer, partitions, began))
         finally:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(quietly(consumer.stop()), 5)
+            await let_go(_leave(consumer))
 
     def _listen(self, silent_s: float) -> None:
         """Take note of how long the broker has said nothing; an idle one answers every fetch when its wait is over."""
@@ -137,6 +135,14 @@ class RouteFeed:
 def revision_in(headers: dict[str, bytes]) -> int:
     """A tombstone has no value to say its revision: every record's `ce_id`, `<deployment>/<revision>`, does."""
     return int(headers.get("ce_id", b"").rpartition(b"/")[2])
+
+
+async def _leave(consumer: AIOKafkaConsumer) -> None:
+    """Stop it. The stop alone stumbles over a fetch that waits to be tried again, and leaves the client open."""
+    if consumer.assignment():
+        consumer.unsubscribe()
+        await asyncio.sleep(0.1)
+    await consumer.stop()
 
 
 def _last_answer(consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], began: float) -> float:

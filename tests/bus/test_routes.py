@@ -116,6 +116,22 @@ async def test_the_feed_notices_a_broker_that_only_keeps_silent_and_comes_back()
             await until(lambda: record.route in table.all() and feed.problem is None, 15)
 
 
+async def test_the_feed_outlives_a_broker_that_is_killed() -> None:
+    record = ready(deployment("someone"), 1)
+    with broker_process() as (bootstrap, broker):
+        settings = Kafka(bootstrap=bootstrap)
+        await create_topics(settings)
+        async with following(settings) as (table, feed):
+            await until(lambda: table.loaded and feed.problem is None, 10)
+            broker.kill()
+            await until(lambda: "Unable to bootstrap" in (feed.problem or ""), 15)
+            with broker_process(int(bootstrap.rpartition(":")[2])):
+                await create_topics(settings)
+                async with Publisher(settings) as publisher:
+                    await publisher.publish([outgoing(entry) for entry in record.outbox])
+                    await until(lambda: record.route in table.all() and feed.problem is None, 15)
+
+
 async def test_the_relay_outlives_what_nobody_expected(studio: Studio) -> None:
     broken = {"_id": "broken", "version": 1, "client_code": "acme", "outbox": [{"topic": ROUTES}]}
     await studio.store.insert(RouteRecord.COLLECTION, broken)

