@@ -44,6 +44,7 @@ class Deployment(Projection):
     scale: Scale
     generation: int
     removal: int = Field(0, description="Generation of the last removal asked for.")
+    reported: int = Field(0, description="Latest generation that serving has reported of.")
     requested_at: str
     status: DeploymentStatus = DeploymentStatus.DEPLOYING
     refused: bool = False
@@ -68,8 +69,8 @@ class Deployment(Projection):
     def changes(self, event: Event, at: str) -> dict[str, Any]:
         """The API applies its requests before serving's earlier reports arrive, a replay after them: both orders give the same.
 
-        So what serving reported last answers requests, also while a newer generation is only asked for (a rescale does
-        not interrupt), but none from before a removal does; and a report says the status of its own generation alone.
+        So what serving reported last answers requests, also while a newer generation is asked for or starting (a rescale
+        does not interrupt), but none from before a removal does; and a report says the status of its own generation alone.
         """
         match event:
             case DeployRequested():
@@ -79,9 +80,13 @@ class Deployment(Projection):
             case UndeployRequested():
                 removal = {"generation": event.generation, "removal": event.generation}
                 return {**removal, "status": DeploymentStatus.REMOVING, "refused": False, "message": None, **_SILENT}
-            case ReleaseEvent() if event.generation >= self.removal:
-                said = _status(event) if event.generation >= self.generation else {}
-                return {**_answers(event), **said}
+            case ReleaseEvent():
+                reported = {"reported": max(self.reported, event.generation)}
+                if event.generation < self.removal:
+                    return reported
+                begins = isinstance(event, DeploymentApplied) and event.generation > self.reported
+                answers = {} if begins else _answers(event)
+                return {**reported, **answers, **(_status(event) if event.generation >= self.generation else {})}
         return {}
 
 
