@@ -86,8 +86,10 @@ class RouteFeed:
             try:
                 await self._follow(self._epoch())
             except (KafkaError, OSError, TimeoutError) as error:
-                log.warning("route_feed.waiting", reason=repr(error))
-                self.problem = f"the routes cannot be followed: {error!r}"
+                problem = f"the routes cannot be followed: {error!r}"
+                if problem != self.problem:
+                    log.warning("route_feed.waiting", reason=repr(error))
+                self.problem = problem
                 await asyncio.sleep(1)
             except Exception as error:
                 # Nobody watches this task: whatever went wrong, it says so and goes on.

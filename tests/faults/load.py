@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -28,8 +29,6 @@ from tests.faults.history import History, Request
 
 MODEL = "tiny-llama"
 CLIENTS = ("acme", "globex", "initech")
-NO_RAY = {"MINI_STUDIO_TRAINING__RAY_ADDRESS": "http://127.0.0.1:1"}
-"""Nothing listens there: the launcher leaves Ray out, and jobs stay queued."""
 DECIDED_BY_REQUESTS = ("datasets", "jobs", "deployments")
 ALL = (*DECIDED_BY_REQUESTS, "dataset_profiles", "training_runs", "releases", "routes")
 
@@ -68,7 +67,8 @@ class Load:
             for _ in CLIENTS:
                 self.upload(http)
             self.deploy(http)
-            self._studio.until(lambda: self.infer(http).status == 200, 180)
+            self._studio.until(lambda: self.infer(http).status == 200, 300)
+        self.answers.clear()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -158,6 +158,14 @@ class Load:
                     work(http)
                 except httpx.HTTPError as error:
                     self.broke.append(f"{work.__name__}: {error!r}")
+
+
+def environment(shared: Path) -> dict[str, str]:
+    """For a studio of these tests: no Ray (nothing listens there, and jobs stay queued), and base models that are made once."""
+    return {
+        "MINI_STUDIO_TRAINING__RAY_ADDRESS": "http://127.0.0.1:1",
+        "MINI_STUDIO_MODELS_ROOT": str(shared / "models"),
+    }
 
 
 def client(studio: Running) -> httpx.Client:

@@ -107,8 +107,8 @@ def kafka(tmp_path: Path) -> Iterator[RealKafka]:
 
 
 @pytest.fixture
-def studio(tmp_path: Path) -> Iterator[Running]:
-    running = Running(tmp_path / "data", free_port(), dict(load.NO_RAY))
+def studio(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = Running(tmp_path / "data", free_port(), load.environment(tmp_path_factory.getbasetemp()))
     yield running
     if running.process is not None:
         running.stop()
