@@ -71,11 +71,12 @@ async def health(studio: TheStudio, routes: Routes, feed: Feed) -> JSONResponse:
     """`ok`, or `degraded` with the reasons: requests are accepted all the same."""
     problems: dict[str, str] = {}
     if studio.relay.problem:
-        problems["broker"] = studio.relay.problem
+        problems["relay"] = studio.relay.problem
     if feed.problem or not routes.loaded:
         problems["routes"] = feed.problem or "the routes are still being read"
     try:
         await studio.store.read_journal(limit=1)
+        await studio.store.journal([])  # a write of nothing needs the lock all the same
     except Exception as error:
         problems["records"] = str(error)
     status = "degraded" if problems else "ok"

@@ -13,6 +13,7 @@ from api.deps import at, check_owner
 from events.base import Cause
 from events.deployments import DeployRequested
 from events.types import DeploymentKind, DeploymentStatus, ModelName, derived_id
+from mini_studio.bus.routes import RouteFeed
 from mini_studio.errors import Conflict, Invalid, NotFound, Refused
 from mini_studio.records.deployments import Deployment, deployment_id, readable_name, removal
 from mini_studio.records.idempotency import fingerprint
@@ -24,6 +25,8 @@ from schemas.inference import BaseModelDeployRequest, DeployResponse, DeployScal
 from workloads.specs import COMMITTED
 
 LOOK_EVERY_S = 0.05
+BROKER_PATIENCE_S = 1.5
+"""How long a request's event may stand in the outbox before the request stops waiting for what follows from it."""
 
 
 async def request(
@@ -108,11 +111,13 @@ def weights_label(path: Path) -> str:
     return f"{kept or 'weights'}-{derived_id('', str(path))[-8:]}"
 
 
-async def answer(deployment: Deployment, studio: Studio, response: Response, prefer: str | None) -> DeployResponse:
+async def answer(
+    deployment: Deployment, studio: Studio, feed: RouteFeed, response: Response, prefer: str | None
+) -> DeployResponse:
     """Wait for the first status of this generation, unless the caller does not want to."""
     generation = deployment.generation
     if "respond-async" not in (prefer or ""):
-        deployment = await first_status(deployment, studio)
+        deployment = await first_status(deployment, studio, feed)
     if deployment.generation != generation or deployment.status in (
         DeploymentStatus.REMOVING,
         DeploymentStatus.REMOVED,
@@ -136,10 +141,15 @@ async def answer(deployment: Deployment, studio: Studio, response: Response, pre
     )
 
 
-async def first_status(deployment: Deployment, studio: Studio) -> Deployment:
-    deadline = time.monotonic() + studio.settings.api.deploy_wait_s
+async def first_status(deployment: Deployment, studio: Studio, feed: RouteFeed) -> Deployment:
+    """The deployment with this generation's first status, or as it is when there is nothing more to wait for."""
+    asked = time.monotonic()
     awaited = (DeploymentStatus.DEPLOYING, deployment.generation)
-    while (deployment.status, deployment.generation) == awaited and time.monotonic() < deadline:
+    while (deployment.status, deployment.generation) == awaited:
+        patience_s = BROKER_PATIENCE_S if deployment.outbox else studio.settings.api.deploy_wait_s
+        broker_away = studio.relay.problem or feed.problem
+        if broker_away or time.monotonic() - asked > patience_s:
+            break
         await asyncio.sleep(LOOK_EVERY_S)
         deployment = await studio.deployments.get(ANYONE, deployment.id) or deployment
     return deployment

@@ -8,6 +8,7 @@ from fastapi.responses import StreamingResponse
 from api import deploying, proxy
 from api.deps import (
     AsOf,
+    Feed,
     IdempotencyHeader,
     Routes,
     TheCause,
@@ -42,6 +43,7 @@ async def deploy_base(
     body: BaseModelDeployRequest,
     response: Response,
     studio: TheStudio,
+    feed: Feed,
     cause: TheCause,
     key: IdempotencyHeader = None,
     prefer: Prefer = None,
@@ -51,7 +53,7 @@ async def deploy_base(
     check_owner(user, body.client_code)
     event = deploying.base_event(body)
     deployment = await deploying.request(studio, body, body.client_code, event, key, cause)
-    return await deploying.answer(deployment, studio, response, prefer)
+    return await deploying.answer(deployment, studio, feed, response, prefer)
 
 
 @router.post("/deploy/fine_tuned")
@@ -59,6 +61,7 @@ async def deploy_fine_tuned(
     body: FineTunedDeployRequest,
     response: Response,
     studio: TheStudio,
+    feed: Feed,
     cause: TheCause,
     key: IdempotencyHeader = None,
     prefer: Prefer = None,
@@ -68,7 +71,7 @@ async def deploy_fine_tuned(
     check_tenant(user, body.client_code)
     event = await deploying.fine_tuned_event(body, studio)
     deployment = await deploying.request(studio, body, body.client_code, event, key, cause)
-    return await deploying.answer(deployment, studio, response, prefer)
+    return await deploying.answer(deployment, studio, feed, response, prefer)
 
 
 @router.get("/deployments")

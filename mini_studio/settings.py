@@ -24,7 +24,9 @@ class Api(BaseModel):
     host: str = Field("127.0.0.1", description="Address the REST API listens on.")
     port: int = Field(8000, ge=1, le=65535, description="Port of the REST API.")
     deploy_wait_s: float = Field(
-        20.0, ge=0, description="How long a deploy request waits for the first status before it answers 202."
+        20.0,
+        ge=0,
+        description="How long a deploy request waits for the first status before it answers 202 (not at all while the broker is away).",
     )
     upstream_connect_s: float = Field(2.0, gt=0, description="Time to connect to a model server.")
     upstream_read_s: float = Field(300.0, gt=0, description="Longest silence of a model server while it answers.")

@@ -19,7 +19,7 @@ from aiokafka.errors import KafkaError
 
 from events.topics import dead_letter_topic
 from mini_studio.bus.delivery import ORIGIN, REDRIVE
-from mini_studio.bus.kafka import READERS, Outgoing, Publisher, leave
+from mini_studio.bus.kafka import READERS, Outgoing, Publisher, let_go
 from mini_studio.bus.reading import at_end
 from mini_studio.errors import Conflict, NotFound, Unavailable
 from mini_studio.records.projection import timestamp
@@ -200,4 +200,4 @@ class DeadLetters:
         except (KafkaError, OSError, TimeoutError) as error:
             raise Unavailable(f"the broker at {self._settings.bootstrap} is away: {error!r}") from error
         finally:
-            leave(client)
+            await let_go(client.stop(), 0)

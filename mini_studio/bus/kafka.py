@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -55,7 +55,7 @@ async def create_topics(settings: Kafka) -> list[str]:
     except (KafkaError, OSError, TimeoutError) as error:
         raise Unavailable(f"the broker at {settings.bootstrap} is away: {error}") from error
     finally:
-        await quietly(admin.close())
+        await let_go(admin.close())
 
 
 def _new_topic(name: str, settings: Kafka) -> NewTopic:
@@ -99,7 +99,7 @@ class Publisher:
     async def aclose(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            await quietly(asyncio.wait_for(producer.stop(), 5))
+            await let_go(producer.stop())
 
     async def __aenter__(self) -> Self:
         return self
@@ -122,16 +122,16 @@ class Publisher:
                 try:
                     await producer.start()
                 except BaseException:
-                    await quietly(asyncio.wait_for(producer.stop(), 2))
+                    await let_go(producer.stop(), 0)
                     raise
                 self._producer = producer
             return self._producer
 
     async def _drop(self) -> None:
-        """Give the wedged client up. Its stop may hang, so nobody waits for it."""
+        """Give the wedged client up. It ends when the broker is back and has what was in its buffer, so nobody waits for it."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            leave(producer)
+            await let_go(producer.stop(), 0)
 
 
 async def _send(producer: AIOKafkaProducer, record: Outgoing) -> Any:
@@ -151,19 +151,23 @@ async def _send(producer: AIOKafkaProducer, record: Outgoing) -> Any:
 _LEAVING: set[asyncio.Task[None]] = set()
 
 
-def leave(client: Any) -> None:
-    """Stop a client that may hang at it, without waiting for it."""
-    task = asyncio.create_task(quietly(asyncio.wait_for(client.stop(), 5)))
+async def all_left(wait_s: float = 5.0) -> None:
+    """Wait for clients that were given up: a process that ends before they do has them complain."""
+    if _LEAVING:
+        await asyncio.wait(_LEAVING, timeout=wait_s)
+
+
+async def let_go(closing: Coroutine[Any, Any, None], wait_s: float = 5.0) -> None:
+    """Close a client, and wait for it so long at most: on a dead connection some closings never end.
+
+    It runs apart: others end with a cancellation that nobody asked for, and that would end whoever awaited it.
+    """
+    task = asyncio.create_task(_quietly(closing))
     _LEAVING.add(task)
     task.add_done_callback(_LEAVING.discard)
+    await asyncio.wait([task], timeout=wait_s)
 
 
-async def all_left() -> None:
-    """Wait for clients that were given up: a process that ends before they do has them complain."""
-    await asyncio.gather(*_LEAVING)
-
-
-async def quietly(closing: Any) -> None:
-    """Await a client's closing, whatever it says."""
+async def _quietly(closing: Coroutine[Any, Any, None]) -> None:
     with contextlib.suppress(Exception):
         await closing

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
-from mini_studio.bus.kafka import quietly
+from mini_studio.bus.kafka import let_go
 from mini_studio.errors import NotFound, Unavailable
 from mini_studio.settings import Kafka
 
@@ -44,7 +44,7 @@ async def read_whole(settings: Kafka, topics: Sequence[str]) -> AsyncIterator[li
     except (KafkaError, OSError, TimeoutError) as error:
         raise Unavailable(f"the broker at {settings.bootstrap} is away: {error!r}") from error
     finally:
-        await quietly(asyncio.wait_for(consumer.stop(), 5))
+        await let_go(consumer.stop())
 
 
 async def at_end(consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]) -> bool:

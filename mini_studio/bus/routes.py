@@ -1,8 +1,8 @@
 """The gateways' routes: a table in memory, and the feed that follows `mini-studio.routes` by assignment (no group: a broadcast)."""
 
 import asyncio
-import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -10,12 +10,18 @@ from aiokafka.errors import KafkaError
 
 from events.topics import ROUTES
 from events.types import DeploymentKind, DeploymentStatus
-from mini_studio.bus.kafka import quietly
+from mini_studio.bus.kafka import let_go
 from mini_studio.bus.reading import at_end
 from mini_studio.records.routes import Route
 from mini_studio.settings import Kafka
 
 log = structlog.get_logger(__name__)
+
+SILENT_S = 0.7
+"""How much later than it should an answer of the broker may come before that counts as a problem; it may pass by itself."""
+REPLACED_AFTER_S = 5.0
+"""How much later before the client is replaced: on a half-open connection it would wait 40 s."""
+START_S = 5.0
 
 
 class RouteTable:
@@ -81,8 +87,10 @@ class RouteFeed:
             try:
                 await self._follow(self._epoch())
             except (KafkaError, OSError, TimeoutError) as error:
-                log.warning("route_feed.waiting", reason=repr(error))
-                self.problem = f"the routes cannot be followed: {error!r}"
+                problem = f"the routes cannot be followed: {error!r}"
+                if problem != self.problem:
+                    log.warning("route_feed.waiting", reason=repr(error))
+                self.problem = problem
                 await asyncio.sleep(1)
             except Exception as error:
                 # Nobody watches this task: whatever went wrong, it says so and goes on.
@@ -98,18 +106,26 @@ class RouteFeed:
             fetch_max_wait_ms=self._settings.fetch_wait_ms,
         )
         try:
-            await asyncio.wait_for(consumer.start(), 10)
+            await asyncio.wait_for(consumer.start(), START_S)
             partitions = [TopicPartition(ROUTES, p) for p in sorted(consumer.partitions_for_topic(ROUTES) or {0})]
             consumer.assign(partitions)
+            began = time.time()
             while self._epoch() == epoch:
                 for records in (await consumer.getmany(timeout_ms=500)).values():
                     for record in records:
                         self._apply(record.key, record.value, dict(record.headers))
                 self._table.loaded = self._table.loaded or await at_end(consumer, partitions)
-                self.problem = None
+                self._listen(time.time() - _last_answer(consumer, partitions, began))
         finally:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(quietly(consumer.stop()), 5)
+            await let_go(_leave(consumer))
+
+    def _listen(self, silent_s: float) -> None:
+        """Take note of how long the broker has said nothing; an idle one answers every fetch when its wait is over."""
+        overdue_s = silent_s - self._settings.fetch_wait_ms / 1000
+        if overdue_s > REPLACED_AFTER_S:
+            raise TimeoutError(f"the broker has not answered for {silent_s:.0f} s")
+        silent = f"the routes cannot be followed: the broker has not answered for {silent_s:.1f} s"
+        self.problem = silent if overdue_s > SILENT_S else None
 
     def _apply(self, key: bytes, value: bytes | None, headers: dict[str, bytes]) -> None:
         try:
@@ -122,3 +138,17 @@ class RouteFeed:
 def revision_in(headers: dict[str, bytes]) -> int:
     """A tombstone has no value to say its revision: every record's `ce_id`, `<deployment>/<revision>`, does."""
     return int(headers.get("ce_id", b"").rpartition(b"/")[2])
+
+
+async def _leave(consumer: AIOKafkaConsumer) -> None:
+    """Stop it. The stop alone stumbles over a fetch that waits to be tried again, and leaves the client open."""
+    if consumer.assignment():
+        consumer.unsubscribe()
+        await asyncio.sleep(0.1)
+    await consumer.stop()
+
+
+def _last_answer(consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], began: float) -> float:
+    """Unix seconds of the last fetch that the broker answered; `began` before the first one."""
+    answers: list[int | None] = [consumer.last_poll_timestamp(partition) for partition in partitions]
+    return max([began, *(milliseconds / 1000 for milliseconds in answers if milliseconds)])

@@ -44,7 +44,8 @@ class Deployment(Projection):
     scale: Scale
     generation: int
     removal: int = Field(0, description="Generation of the last removal asked for.")
-    reported: int = Field(0, description="Generation of serving's last report.")
+    reported: int = Field(0, description="Latest generation that serving has reported of.")
+    answered: int = Field(0, description="Generation of the report that says where it answers; 0: none does.")
     requested_at: str
     status: DeploymentStatus = DeploymentStatus.DEPLOYING
     refused: bool = False
@@ -69,9 +70,9 @@ class Deployment(Projection):
     def changes(self, event: Event, at: str) -> dict[str, Any]:
         """The same for every order of the two sources' events, each source's own being in order.
 
-        What serving reported last answers requests, also while a newer generation is only asked for (a rescale does not
-        interrupt), but none from before a removal does; and a report says the status of its own generation alone. A report
-        may come before the request that it answers: then the request has nothing to say about the status any more.
+        What serving reported last answers requests, also while a newer generation is asked for or starting (a rescale
+        does not interrupt), but none from before a removal does; and a report says the status of its own generation alone.
+        A report may come before the request that it answers: then the request has nothing to say about the status any more.
         """
         match event:
             case DeployRequested():
@@ -80,14 +81,16 @@ class Deployment(Projection):
                 return {**desired, "scale": event.scale, "requested_at": at, **reset}
             case UndeployRequested():
                 removal = {"generation": event.generation, "removal": event.generation}
-                if self.reported >= event.generation:
-                    return removal
-                return {**removal, **_unreported(DeploymentStatus.REMOVING), **_SILENT}
-            case ReleaseEvent() if event.generation >= self.removal:
-                said = _status(event) if event.generation >= self.generation else {}
-                return {"reported": event.generation, **_answers(event), **said}
+                silenced = {**_SILENT, "answered": 0} if self.answered < event.generation else {}
+                reset = {} if self.reported >= event.generation else _unreported(DeploymentStatus.REMOVING)
+                return {**removal, **reset, **silenced}
             case ReleaseEvent():
-                return {"reported": event.generation}
+                reported = {"reported": max(self.reported, event.generation)}
+                if event.generation < self.removal:
+                    return reported
+                begins = isinstance(event, DeploymentApplied) and event.generation > self.reported
+                answers = {} if begins else {**_answers(event), "answered": event.generation}
+                return {**reported, **answers, **(_status(event) if event.generation >= self.generation else {})}
         return {}
 
 

