@@ -13,7 +13,7 @@ from mini_studio.records.projection import Projection
 from mini_studio.records.releases import Release
 from mini_studio.records.training_runs import TrainingRun
 from tests.faults.length import length
-from tests.faults.model import deployments, fine_tunes, seeded
+from tests.faults.model import cluster, deployments, fine_tunes, seeded
 from tests.faults.model.deployments import Deployments
 from tests.faults.model.fine_tunes import FineTunes
 from tests.faults.model.kernel import Explored, Violation
@@ -29,7 +29,7 @@ THROUGH = ("api", "relay", "training", "jobs", "watcher!")
 
 @pytest.fixture
 def world() -> Iterator[None]:
-    with repeatable(fine_tunes.FILES):
+    with repeatable(cluster.FILES):
         yield
 
 
@@ -124,14 +124,14 @@ def found(model: FineTunes | Deployments, start: Any) -> str:
 
 
 def test_without_a_fence_another_attempts_artifact_is_chosen() -> None:
-    with repeatable(fine_tunes.FILES, [(TrainingRun, "commit", seeded.commit_without_a_fence)]):
+    with repeatable(cluster.FILES, [(TrainingRun, "commit", seeded.commit_without_a_fence)]):
         model = FineTunes(RIVALS, fine_tunes.Faults(forget=1))
         assert "no artifact of its own" in found(model, model.under_way())
 
 
 def test_without_a_new_token_a_new_attempt_is_taken_for_the_old_one() -> None:
     """What was read of the first attempt's progress counts as read of the second's, whose start is then never seen."""
-    with repeatable(fine_tunes.FILES, [(TrainingRun, "begin_attempt", seeded.begin_attempt_without_a_token)]):
+    with repeatable(cluster.FILES, [(TrainingRun, "begin_attempt", seeded.begin_attempt_without_a_token)]):
         model = FineTunes(RIVALS, fine_tunes.Faults(forget=1))
         assert "in the end the run is submitted" in found(model, model.under_way())
 
@@ -165,6 +165,6 @@ def test_settled_before_the_ack_an_event_never_leaves(world: None) -> None:
 
 
 def test_without_sequences_a_job_goes_back() -> None:
-    with repeatable(fine_tunes.FILES, [(Projection, "apply", seeded.apply_without_sequence)]):
+    with repeatable(cluster.FILES, [(Projection, "apply", seeded.apply_without_sequence)]):
         model = FineTunes(("relay!", "training!", "jobs", "watcher!"), fine_tunes.Faults(again=1))
         assert "is not what its events make" in found(model, model.under_way())
