@@ -124,25 +124,32 @@ class Shadow(Generic[P]):
                     outcome.unexplained += 1
             elif content(made) == content(live):
                 outcome.same += 1
-            elif live is None:
+            else:
                 try:
-                    if swap:
-                        await self._store.insert(view.collection, made)
-                except DuplicateRecord as taken:
-                    if taken.field == "id":
+                    if swap and not await self._swap_in(view, made, live):
                         continue
+                except DuplicateRecord as taken:
                     log.error("replay.in_the_way", id=id, field=taken.field, value=made.get(taken.field))
                     outcome.in_the_way += 1
                 else:
-                    outcome.missing += 1
-            else:
-                # a route's own outbox publishes it; what a live record has yet to publish stays in its outbox
-                bookkeeping = {"version": live["version"] + 1, "outbox": [*live["outbox"], *made["outbox"]]}
-                if swap and not await self._store.replace(view.collection, {**made, **bookkeeping}, live["version"]):
-                    continue
-                outcome.different += 1
+                    outcome.missing += live is None
+                    outcome.different += live is not None
             return
         raise Unavailable(f"{view.collection.name}/{id} is being changed by too many at once")
+
+    async def _swap_in(self, view: View[P], made: Document, live: Document | None) -> bool:
+        """Write the record as its events make it; False when it changed meanwhile. Raises `DuplicateRecord`: its name is another's."""
+        if live is not None:
+            # A route's own outbox publishes it; what a live record has yet to publish stays in its outbox.
+            bookkeeping = {"version": live["version"] + 1, "outbox": [*live["outbox"], *made["outbox"]]}
+            return await self._store.replace(view.collection, {**made, **bookkeeping}, live["version"])
+        try:
+            await self._store.insert(view.collection, made)
+        except DuplicateRecord as taken:
+            if taken.field != "id":
+                raise
+            return False
+        return True
 
     async def _made(self, id: str, view: View[P]) -> Document | None:
         """What the events known by now make of the record, the shadow's first."""

@@ -257,6 +257,12 @@ async def test_a_name_that_another_one_took_meanwhile_is_in_the_way(lived: Lived
         outcome = (await replay(studio, "deployments"))["deployments"]
         assert outcome == Outcome(same=lived.deployments, in_the_way=1)
         assert not replaying.right(outcome, swap=True)
+        stolen, *_ = [d for d in await studio.store.scan(Deployment.COLLECTION, limit=10) if d["_id"] != id]
+        changed = {**stolen, "name": "another", "version": 90}
+        await studio.store.replace(Deployment.COLLECTION, changed, stolen["version"])
+        await studio.store.insert(Deployment.COLLECTION, {**stolen, "_id": new_id("dep")})
+        outcome = (await replay(studio, "deployments"))["deployments"]
+        assert outcome == Outcome(same=lived.deployments - 1, in_the_way=2, unexplained=1)
 
 
 def replace_name(event: Any, name: str) -> Any:
@@ -297,7 +303,12 @@ async def live_on(settings: Settings, traffic: Any, ids: list[str], lived: Lived
         assert after["routes"] == Outcome(same=lived.deployments + len(ids))
         assert rounds > 1
         runs = studio.cluster.runs  # type: ignore[attr-defined]
+        await eventually(lambda: submitted_all(runs, ids))
         assert {name for name in runs if name.split("-")[0] in ids} == {f"{id}-1" for id in ids}, "each once"
+
+
+async def submitted_all(runs: dict[str, Any], ids: list[str]) -> bool:
+    return all(f"{id}-1" in runs for id in ids)
 
 
 async def test_shadows_are_nobodys_outbox() -> None:
