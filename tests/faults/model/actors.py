@@ -13,6 +13,8 @@ class Actors:
 
     READERS: ClassVar[tuple[str, ...]]
     """The consumers, in the order of the world's `offsets`."""
+    TAKES = 1000
+    """Events that a reader takes at once, at most."""
     FAIR: ClassVar[tuple[str, ...]]
     """Who goes first when nothing goes wrong any more."""
 
@@ -77,7 +79,8 @@ class Actors:
     def _next_thread(self, world: Any, name: str) -> Thread | None:
         if name in self.READERS:
             offset = world.offsets[self.READERS.index(name)]
-            return Thread(name, (offset, world.log[offset:])) if world.log[offset:] else None
+            taken = world.log[offset : offset + self.TAKES]
+            return Thread(name, (offset, taken)) if taken else None
         return Thread(name, ()) if self.due(world, name) else None
 
     def _goes_on(self, world: Any, slot: int, thread: Thread) -> Steps:

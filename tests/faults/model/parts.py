@@ -1,5 +1,6 @@
 """What both models stand on: the record store, the journal and the log as values, and time and ids that repeat."""
 
+import asyncio
 import contextlib
 import zlib
 from collections import defaultdict
@@ -65,6 +66,13 @@ class ModelStore:
     async def replace(self, collection: Collection, document: Document, version: int) -> bool:
         return bool(await io("replace", collection.name, packed(document), version))
 
+    async def get_all(self, collection: Collection, ids: Sequence[str]) -> dict[str, Document]:
+        found = [unpacked(content) for content in await io("get_all", collection.name, tuple(ids))]
+        return {d["_id"]: d for d in found if d is not None}
+
+    async def put_all(self, collection: Collection, changes: Sequence[tuple[Document, int | None]]) -> list[bool]:
+        return list(await io("put_all", collection.name, tuple((packed(d), version) for d, version in changes)))
+
     async def find(self, collection: Collection, where: Any, **_: Any) -> list[Document]:
         found = [unpacked(content) for content in await io("find", collection.name)]
         return [d for d in found if d is not None and all(d.get(k) == v for k, v in where.items())]
@@ -127,6 +135,16 @@ def answer(world: Any, call: Call) -> Iterator[tuple[str, Any, Any]]:
     match call:
         case Call("get", (name, id)):
             yield "", world, next((c for n, i, c in docs if (n, i) == (name, id)), None)
+        case Call("get_all", (name, ids)):
+            yield "", world, tuple(c for n, i, c in docs if n == name and i in ids)
+        case Call("put_all", (name, changes)):
+            put = []
+            for content, version in changes:
+                id = (unpacked(content) or {})["_id"]
+                present = next((unpacked(c) for n, i, c in world.docs if (n, i) == (name, id)), None)
+                put.append((present and present["version"]) == version)
+                world = written(world, name, id, content) if put[-1] else world
+            yield "" if all(put) else "(conflict)", world, tuple(put)
         case Call("find", (name,)):
             yield "", world, tuple(c for n, _, c in docs if n == name)
         case Call("pending", (names,)):
@@ -249,6 +267,8 @@ def repeatable(files: dict[str, Any], replaced: Sequence[tuple[Any, str, Any]] =
         (TrainingRun, "begin_attempt", token_by_attempt),
         (training_runs, "datetime", SimpleNamespace(now=lambda _: datetime.fromtimestamp(0, UTC))),
         (routes, "datetime", _Clock),
+        # what runs beside the next publish may as well run behind it
+        (relay, "asyncio", SimpleNamespace(create_task=lambda work: work, Event=asyncio.Event)),
         (training, "asyncio", SimpleNamespace(to_thread=to_thread)),
         (training, "time", SimpleNamespace(time=lambda: NOW)),
         (serving, "time", SimpleNamespace(time=lambda: NOW)),
