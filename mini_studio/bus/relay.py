@@ -21,9 +21,11 @@ from mini_studio.records.store import Collection, Document, RecordStore
 
 log = structlog.get_logger(__name__)
 
-BATCH = 200
-"""Entries published at once: few enough to be acknowledged within the publish timeout, or none would ever be settled."""
-SWEEP = 1000
+BATCH = 500
+"""Entries published at once, at most. After a failure it is a quarter, and twice as many after each success: few enough to be
+acknowledged within the publish timeout, or none would ever be settled."""
+BATCHES = 4
+SWEEP = BATCH * BATCHES
 """Entries read and journalled at once, and then published batch by batch: few enough not to hold up other writers."""
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
 
@@ -48,14 +50,14 @@ def id_of(stored: dict[str, Any]) -> str:
     return str(stored["headers"]["ce_id"])
 
 
-def batches(due: Sequence[Due]) -> Iterator[list[Due]]:
-    """In their order, as many at once as have `BATCH` entries together; none has more."""
+def batches(due: Sequence[Due], size: int) -> Iterator[list[Due]]:
+    """In their order, as many at once as have `size` entries together; none has more."""
     batch: list[Due] = []
-    room = BATCH
+    room = size
     for one in due:
         if len(one.entries) > room:
             yield batch
-            batch, room = [], BATCH
+            batch, room = [], size
         batch.append(one)
         room -= len(one.entries)
     if batch:
@@ -84,6 +86,7 @@ class Relay:
         self._min_age = timedelta(seconds=min_age_s)
         self._poll_s = poll_s
         self._woken = asyncio.Event()
+        self._batch = BATCH
         self.problem: str | None = None
         """Why nothing leaves at the moment; None when all is well."""
 
@@ -133,15 +136,19 @@ class Relay:
             await self._store.journal(journalled)
         settling: asyncio.Task[None] | None = None
         try:
-            for batch in batches(due):
+            for batch in batches(due, self._batch):
                 await self._publisher.publish([outgoing(entry) for one in batch for entry in one.entries])
                 if settling is not None:
                     await settling
                 # The next batch is published meanwhile. No two batches share a document, so each one's order is kept.
                 settling = asyncio.create_task(self._settle(batch))
+        except Unavailable:
+            self._batch = max(1, self._batch // 4)
+            raise
         finally:
             if settling is not None:
                 await settling
+        self._batch = min(BATCH, self._batch * 2)
         return len(entries)
 
     async def _settle(self, batch: list[Due]) -> None:
@@ -155,11 +162,11 @@ class Relay:
         log.debug("relay.published", event_ids=[id_of(entry) for entry in entries])
 
     def _due(self, pending: list[tuple[Collection, Document]]) -> Iterator[Due]:
-        """The oldest entries of each document that is due: at most a batch of one document, at most `SWEEP` together."""
-        room = SWEEP
+        """The oldest entries of each document that is due: at most a batch of one document, at most `BATCHES` batches together."""
+        room = self._batch * BATCHES
         for collection, document in pending:
             if room and self._is_due(document):
-                oldest = document["outbox"][: min(room, BATCH)]
+                oldest = document["outbox"][: min(room, self._batch)]
                 room -= len(oldest)
                 yield Due(collection, document["_id"], oldest)
 

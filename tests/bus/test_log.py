@@ -1,6 +1,7 @@
 """Outbox to consumer over a real broker: relay, journal, delivery, dead letters, redelivery."""
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -110,6 +111,27 @@ async def test_a_long_outbox_leaves_in_order_a_part_at_a_time(bootstrap: str, tm
     assert sent == [f"{run.id}-{n}" for n in range(many)]
 
 
+class CreepingBroker(Publisher):
+    """Acknowledges five records within the publish timeout."""
+
+    async def publish(self, records: Sequence[Outgoing]) -> None:
+        if len(records) > 5:
+            raise Unavailable("timed out")
+        await super().publish(records)
+
+
+async def test_the_slowest_broker_makes_progress(bootstrap: str, tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path, kafka=Kafka(bootstrap=bootstrap, partitions=1))
+    await create_topics(settings.kafka)
+    async with open_studio(settings) as studio, CreepingBroker(settings.kafka) as publisher:
+        await studio.store.put_all(Job.COLLECTION, [(a_request().document(), None) for _ in range(40)])
+        relay = Relay(studio.store, publisher, [Job.COLLECTION])
+        for _ in range(40):
+            with contextlib.suppress(Unavailable):
+                await relay.sweep()
+        assert not await studio.store.pending([Job.COLLECTION], 1)
+
+
 class WatchedBroker(Publisher):
     """Goes away at one call of `publish`, and notes whether everything it was given stood in the journal."""
 
@@ -135,9 +157,9 @@ async def test_what_was_acknowledged_is_settled_though_a_later_batch_fails(boots
         relay = Relay(studio.store, publisher, [Job.COLLECTION])
         with pytest.raises(Unavailable):
             await relay.sweep()
-        assert len(await studio.store.pending([Job.COLLECTION], 1000)) == BATCH + 5
-        assert await relay.sweep() == BATCH + 5
-        assert await relay.sweep() == 0
+        assert len(await studio.store.pending([Job.COLLECTION], 2000)) == BATCH + 5
+        while await relay.sweep():
+            pass
     keys = [record.key.decode() for record in await read_all(bootstrap, Topic.FINE_TUNES)]
     assert all(keys.count(job.id) == 1 for job in jobs_)
 
