@@ -1,12 +1,14 @@
 """The record store in one SQLite file, shared by several processes: WAL, a busy timeout, `BEGIN IMMEDIATE` around every write."""
 
 import asyncio
+import contextlib
 import itertools
 import re
 import sqlite3
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,34 @@ CREATE INDEX IF NOT EXISTS event_journal_key ON event_journal (key, position);
 """
 
 
+class Write:
+    """One write that waits for its turn. What fails of several in one transaction leaves the others as they are."""
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], deadline: float) -> None:
+        self.deadline = deadline
+        self.error: Exception | None = None
+        self._work = work
+        self._result: Any = None
+
+    def run(self, db: sqlite3.Connection) -> None:
+        """Raises only what ends the whole transaction."""
+        self.error = None
+        db.execute("SAVEPOINT one")
+        try:
+            self._result = self._work(db)
+        except Exception as error:
+            if not db.in_transaction:  # a full disk, for instance
+                raise
+            db.execute("ROLLBACK TO one")
+            self.error = error
+        db.execute("RELEASE one")
+
+    def outcome(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self._result
+
+
 class SqliteStore:
     """Implements `RecordStore`. One thread writes and one reads, so a long read never holds up a write."""
 
@@ -40,6 +70,7 @@ class SqliteStore:
         self._busy_timeout_s = busy_timeout_s
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sqlite-write")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="sqlite-read")
+        self._waiting: deque[Write] = deque()
         self._write_connection: sqlite3.Connection | None = None
         self._read_connection: sqlite3.Connection | None = None
 
@@ -170,31 +201,43 @@ class SqliteStore:
                 time.sleep(0.01)
 
     async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `work` in a transaction of its own. It must not return a cursor.
+        """Do the work in a transaction. Those that wait for the writer share the next one, and so one wait for the disk."""
+        write = Write(work, time.monotonic() + self._busy_timeout_s)
+        self._waiting.append(write)
+        await self._in(self._writer, self._write_waiting)
+        with _outages():
+            result: T = write.outcome()
+        return result
 
-        A cursor that is freed in another thread resets its statement, which is shared, while the next write may be using it.
-        """
-        deadline = time.monotonic() + self._busy_timeout_s
-
-        def run() -> T:
+    def _write_waiting(self) -> None:
+        """Write all that waits; what this call was made for may have been written with what came before it."""
+        writes = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        while writes:
             # Those who queued behind a write that waited for the lock have waited as well: nobody waits twice.
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise sqlite3.OperationalError("database is locked")
-            if self._write_connection is None:
-                self._write_connection = self._connect()
-            db = self._write_connection
-            db.execute(f"PRAGMA busy_timeout = {int(left_s * 1000) + 1}")
-            db.execute("BEGIN IMMEDIATE")
+            left_s = min(write.deadline for write in writes) - time.monotonic()
             try:
-                result = work(db)
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
-            return result
+                self._write_together(writes, max(0.001, left_s))
+                return
+            except Exception as error:
+                late = [write for write in writes if not _locked(error) or write.deadline <= time.monotonic()]
+                for write in late:
+                    write.error = error
+                writes = [write for write in writes if write not in late]
 
-        return await self._in(self._writer, run)
+    def _write_together(self, writes: Sequence["Write"], wait_s: float) -> None:
+        if self._write_connection is None:
+            self._write_connection = self._connect()
+        db = self._write_connection
+        db.execute(f"PRAGMA busy_timeout = {int(wait_s * 1000) + 1}")
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            for write in writes:
+                write.run(db)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
 
     async def _read(self, sql: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         def run() -> list[tuple[Any, ...]]:
@@ -213,11 +256,22 @@ class SqliteStore:
         return rows
 
     async def _in(self, executor: ThreadPoolExecutor, run: Callable[[], T]) -> T:
-        try:
+        with _outages():
             return await asyncio.get_running_loop().run_in_executor(executor, run)
-        except sqlite3.OperationalError as error:
-            hint = "" if "locked" in str(error) else "; check its disk's free space and rights"
-            raise Unavailable(f"the record store cannot answer: {error}{hint}") from error
+
+
+def _locked(error: Exception) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+@contextlib.contextmanager
+def _outages() -> Iterator[None]:
+    """Turn what will pass into `Unavailable`."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        hint = "" if _locked(error) else "; check its disk's free space and rights"
+        raise Unavailable(f"the record store cannot answer: {error}{hint}") from error
 
 
 def _schema(collections: Sequence[Collection]) -> list[str]:

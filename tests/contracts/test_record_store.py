@@ -4,7 +4,6 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +209,14 @@ async def test_a_locked_store_is_unavailable_soon(store: RecordStore, tmp_path: 
     await store.insert(THINGS, thing("b"))
 
 
+async def test_one_that_fails_leaves_those_beside_it_as_they_are(store: RecordStore) -> None:
+    await store.insert(THINGS, thing("taken"))
+    writes = [store.insert(THINGS, thing("taken" if n % 3 == 0 else f"t{n:03}")) for n in range(90)]
+    answers = await asyncio.gather(*writes, return_exceptions=True)
+    assert [isinstance(answer, DuplicateRecord) for answer in answers] == [n % 3 == 0 for n in range(90)]
+    assert len(await store.find(THINGS, {}, limit=1000)) == 61
+
+
 async def test_a_new_store_may_be_opened_by_many_at_once(tmp_path: Path) -> None:
     for attempt in range(40):
         stores = [SqliteStore(tmp_path / f"{attempt}.sqlite", [THINGS]) for _ in range(8)]
@@ -243,8 +250,8 @@ async def test_a_file_of_before_the_outbox_had_its_column_is_brought_over(tmp_pa
 class Guarded(SqliteStore):
     """Fails when a cursor leaves its thread: freed elsewhere, it would reset a statement that the next write is using."""
 
-    async def _in(self, executor: ThreadPoolExecutor, run: Callable[[], Any]) -> Any:
-        result = await super()._in(executor, run)
+    async def _write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        result = await super()._write(work)
         assert not isinstance(result, sqlite3.Cursor)
         return result
 

@@ -167,5 +167,7 @@ def test_settled_before_the_ack_an_event_never_leaves(world: None) -> None:
 def test_without_sequences_a_job_goes_back() -> None:
     with repeatable(cluster.FILES, [(Projection, "apply", seeded.apply_without_sequence)]):
         model = FineTunes(("relay!", "training!", "jobs", "watcher!"), fine_tunes.Faults(again=1))
-        model.TAKES = 1  # a batch as a whole is written at once, and a whole one that comes again ends where it did before
+        model.TAKES = (
+            1  # a batch as a whole is written at once, and a whole one that comes again ends where it did before
+        )
         assert "is not what its events make" in found(model, model.under_way())
