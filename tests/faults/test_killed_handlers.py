@@ -91,7 +91,7 @@ async def until_killed_or_done(process: subprocess.Popen[bytes], studio: Studio,
 @pytest.mark.timeout(3600)
 async def test_a_consumer_killed_in_mid_handler_loses_nothing(studio: Studio, broker: str, tmp_path: Path) -> None:
     # the embedded broker takes five seconds for each group to join again
-    kills = 4 if broker == "embedded" else int(length(short=10, full=100))
+    kills = 3 if broker == "embedded" else int(length(short=10, full=100))
     jobs = [new_id("job") for _ in range(kills * BYSTANDERS)]
     places = [(consumer, when) for consumer in ("training", "jobs") for when in ("before", "after")]
     plan = {f"{places[n % 4][0]} {jobs[n * BYSTANDERS]}": places[n % 4][1] for n in range(kills)}
