@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,6 +183,30 @@ async def test_an_outage_is_waited_out_in_order(studio: Studio) -> None:
     handled = [e.subject for e in seen if e.subject in (first.id, second.id)]
     assert sorted(handled) == sorted([first.id, second.id]), "each once"
     assert tries[: failures + 1] == [tries[0]] * (failures + 1), "the partition waits for its first record"
+
+
+async def test_a_batch_waits_as_a_whole_while_the_records_are_away(studio: Studio) -> None:
+    asked: list[float] = []
+    real = studio.store.journalled
+
+    async def journalled(event_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        asked.append(time.monotonic())
+        if len(asked) <= 3:
+            raise Unavailable("the record store is locked")
+        return await real(event_ids)
+
+    studio.store.journalled = journalled  # type: ignore[method-assign]
+    many = [a_request() for _ in range(20)]
+    entries = [entry for job in many for entry in job.outbox]
+    await studio.store.journal(entries)
+    await studio.publisher.publish([outgoing(entry) for entry in entries])
+    consumer = Consumer("jobs", group=f"test.{uuid.uuid4()}")
+    consumer.projects(FineTuneRequested)(jobs.project)
+    async with running(consumer, studio):
+        while not all([await studio.jobs.get("acme", job.id) for job in many]):
+            await asyncio.sleep(0.05)
+    assert all(later - earlier >= 1 for earlier, later in pairwise(asked[:4])), "not once for each record"
+    assert not await read_all(studio.settings.kafka.bootstrap, dead_letter_topic(Topic.FINE_TUNES, "jobs"))
 
 
 async def test_poison_is_dead_lettered_as_it_is_and_the_good_goes_on(studio: Studio) -> None:

@@ -1,5 +1,6 @@
 """Settings of every subscriber that keep events from being lost; FastStream's defaults lose them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def test_nothing_is_acknowledged_before_it_is_handled(name: str, tmp_path: Path)
         assert subscriber.group_id == f"mini-studio.{name}"
         assert subscriber._connection_args["auto_offset_reset"] == "earliest"
         assert subscriber._connection_args["enable_auto_commit"] is False
+
+
+def test_there_are_no_other_subscribers() -> None:
+    """What is asserted above holds for all of them: each consumer that there is runs, and nothing else subscribes."""
+    assert set(CONSUMERS) == set(READERS)
+    root = Path(__file__).parents[2]
+    sources = [file for folder in ("api", "consumers", "mini_studio") for file in (root / folder).rglob("*.py")]
+    subscribing = [file for file in sources if re.search(r"[.@]subscriber\(", file.read_text())]
+    assert [str(file.relative_to(root)) for file in subscribing] == ["mini_studio/bus/consumer.py"]
 
 
 def test_no_two_consumers_share_a_group() -> None:
