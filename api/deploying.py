@@ -139,7 +139,7 @@ async def answer(deployment: Deployment, studio: Studio, response: Response, pre
 async def first_status(deployment: Deployment, studio: Studio) -> Deployment:
     deadline = time.monotonic() + studio.settings.api.deploy_wait_s
     awaited = (DeploymentStatus.DEPLOYING, deployment.generation)
-    while (deployment.status, deployment.generation) == awaited and time.monotonic() < deadline:
+    while (deployment.status, deployment.generation) == awaited and time.monotonic() < deadline and not studio.leaving:
         await asyncio.sleep(LOOK_EVERY_S)
         deployment = await studio.deployments.get(ANYONE, deployment.id) or deployment
     return deployment
