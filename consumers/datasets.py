@@ -21,8 +21,8 @@ from mini_studio.wiring import Studio
 
 log = structlog.get_logger(__name__)
 
-# One at a time: each may be gigabytes to read, and a batch must not outlast the longest time between two polls.
-consumer = Consumer("datasets", max_records=1)
+# One at a time: each may be gigabytes to read, twice, and a batch must not outlast the longest time between two polls.
+consumer = Consumer("datasets", max_records=1, longest_s=1800.0)
 CHARACTERS_PER_TOKEN = 4
 """OpenAI's rule of thumb for English; a job reports the exact count of its own tokenizer."""
 SWEEP_EVERY_S = 600.0

