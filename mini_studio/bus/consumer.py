@@ -108,8 +108,8 @@ class Consumer:
             logger=None,
         )
         for topic in self.topics:
-            # The broker waits for a member as long as for a silent one; it learns of it with its next heartbeat, 3 s at most.
-            handover = Handover(0.6 * settings.session_timeout_ms / 1000)
+            # In a rebalance the broker waits for each member as long as for a silent one, and tells it with its next heartbeat.
+            handover = Handover(0.7 * settings.session_timeout_ms / 1000)
             handover.subscriber = subscriber = broker.subscriber(
                 topic.value,
                 group_id=self.group,
@@ -119,6 +119,7 @@ class Consumer:
                 auto_offset_reset="earliest",
                 ack_policy=AckPolicy.NACK_ON_ERROR,
                 session_timeout_ms=settings.session_timeout_ms,
+                heartbeat_interval_ms=settings.session_timeout_ms // 10,
                 max_poll_interval_ms=int(self.longest_s * 1000),
                 listener=handover,
                 fetch_max_wait_ms=settings.fetch_wait_ms,

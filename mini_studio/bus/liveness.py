@@ -24,8 +24,9 @@ log = structlog.get_logger(__name__)
 EVERY_S, ANSWER_S = 5.0, 5.0
 STILL_AFTER_S = 10.0
 """Lag and no batch in hand for this long: something is wrong. More than a join and a first fetch take."""
-LOST_AFTER_S = 20.0
-"""How long something has to be wrong, with the broker within reach: aiokafka heals most by itself."""
+LOST_AFTER_S = 15.0
+"""How long something has to be wrong, with the broker within reach, beyond a session: aiokafka heals most by itself, and a rebalance, in
+which the coordinator answers nothing else on its connection, lasts as long as a session."""
 
 
 class Liveness:
@@ -48,7 +49,8 @@ class Liveness:
         if self._wrong_since is None:
             return None
         lasted = time.monotonic() - self._wrong_since
-        return f"{self._problem} for {lasted:.0f} s" if lasted > LOST_AFTER_S else None
+        allowed = LOST_AFTER_S + self._settings.session_timeout_ms / 1000
+        return f"{self._problem} for {lasted:.0f} s" if lasted > allowed else None
 
     async def run(self) -> None:
         """Look until cancelled."""

@@ -28,7 +28,7 @@ from tests.fakes.waiting import until
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"EVERY_S": 0.2, "ANSWER_S": 1.0, "STILL_AFTER_S": 1.0, "LOST_AFTER_S": 2.0}.items():
+    for name, seconds in {"EVERY_S": 0.2, "ANSWER_S": 1.0, "STILL_AFTER_S": 1.0, "LOST_AFTER_S": -8.0}.items():
         monkeypatch.setattr(liveness, name, seconds)
 
 

@@ -5,10 +5,14 @@
 `kill DATA`, `pause DATA`, `resume DATA`. Tests that kill or pause the broker need the script.
 """
 
+import contextlib
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from tests.fakes.broker import free_port
 
@@ -62,3 +66,14 @@ class RealKafka:
 
     def _call(self, verb: str, *rest: str) -> None:
         subprocess.run([str(self.script), verb, str(self.data), *rest], check=True, stdout=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def own_kafka(folder: Path) -> Iterator[RealKafka]:
+    """One for this test alone, whose topics nobody else has made or filled. Skips where there is none to start."""
+    found = script()
+    if found is None:
+        pytest.skip(HOW_TO_STOP_IT)
+    kafka = RealKafka.start(found, folder)
+    yield kafka
+    kafka.stop()
