@@ -28,7 +28,7 @@ from tests.fakes.waiting import until
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"EVERY_S": 0.2, "ANSWER_S": 1.0, "STILL_AFTER_S": 1.0, "LOST_AFTER_S": -8.0}.items():
+    for name, seconds in {"EVERY_S": 0.2, "ANSWER_S": 1.0, "STILL_AFTER_S": 1.0, "LOST_AFTER_S": 0.0}.items():
         monkeypatch.setattr(liveness, name, seconds)
 
 
@@ -82,7 +82,7 @@ async def running(run: Run) -> AsyncIterator[Run]:
 
 @pytest.fixture
 async def settings(bootstrap: str) -> Kafka:
-    settings = Kafka(bootstrap=bootstrap, partitions=1, fetch_wait_ms=50)
+    settings = Kafka(bootstrap=bootstrap, partitions=1, fetch_wait_ms=50, session_timeout_ms=2000)
     await create_topics(settings)
     return settings
 
@@ -143,7 +143,9 @@ async def test_a_lost_coordinator_asks_for_a_new_process_and_a_broker_that_is_aw
     async with FaultProxy() as proxy:
         with running_broker(advertised=proxy.port) as address:
             proxy.target = int(address.rpartition(":")[2])
-            settings = Kafka(bootstrap=f"127.0.0.1:{proxy.port}", partitions=1, fetch_wait_ms=50)
+            settings = Kafka(
+                bootstrap=f"127.0.0.1:{proxy.port}", partitions=1, fetch_wait_ms=50, session_timeout_ms=2000
+            )
             await create_topics(settings)
             async with running(Run(settings)) as run:
                 proxy.freeze(new=True)
