@@ -34,11 +34,13 @@ def create_app(settings: Settings) -> FastAPI:
         limits = httpx.Limits(
             max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=KEEP_IDLE_S
         )
+        # Only connecting is tried twice: a busy process may itself have let the time for it pass.
+        transport = httpx.AsyncHTTPTransport(limits=limits, retries=1, trust_env=False)
         # One client serves every tenant: a cookie it kept would go to the next one's model.
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
         async with (
             open_studio(settings, relayed=DECIDED_BY["api"]) as studio,
-            httpx.AsyncClient(timeout=timeout, limits=limits, cookies=no_cookies, trust_env=False) as upstream,
+            httpx.AsyncClient(timeout=timeout, transport=transport, cookies=no_cookies, trust_env=False) as upstream,
         ):
             app.state.studio, app.state.upstream, app.state.routes = studio, upstream, RouteTable()
             app.state.feed = RouteFeed(settings.kafka, app.state.routes, studio.broker_epoch)

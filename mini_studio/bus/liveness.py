@@ -39,6 +39,7 @@ class Liveness:
         self._problem: str | None = None
         self._wrong_since: float | None = None
         self._behind_since: float | None = None
+        self._measured: set[TopicPartition] = set()
 
     def problem(self) -> str | None:
         """Why the consumer does not look well; None when it does."""
@@ -81,6 +82,7 @@ class Liveness:
 
     async def _out_of_reach(self) -> str | None:
         """Ask what needs the group's coordinator and the leaders; measure the lag by the way."""
+        self._forget({partition for client in self._clients() for partition in client.assignment()})
         try:
             async with asyncio.timeout(ANSWER_S):
                 lag = sum([await self._lag(client) for client in self._clients()])
@@ -88,6 +90,12 @@ class Liveness:
             return f"does not reach its coordinator or its partitions' leaders ({error!r})"
         self._behind_since = (self._behind_since or time.monotonic()) if lag else None
         return None
+
+    def _forget(self, assigned: set[TopicPartition]) -> None:
+        """The lag of a partition that was given up is another member's to tell."""
+        for partition in self._measured - assigned:
+            LAG.remove(self._consumer.name, partition.topic, partition.partition)
+        self._measured &= assigned
 
     async def _lag(self, client: AIOKafkaConsumer) -> int:
         total = 0
@@ -98,6 +106,7 @@ class Liveness:
             end = max(ends[partition], client.highwater(partition) or 0)
             lag = max(0, end - await client.position(partition))
             LAG.labels(self._consumer.name, partition.topic, partition.partition).set(lag)
+            self._measured.add(partition)
             total += lag
         return total
 

@@ -41,11 +41,13 @@ class Run:
     def __init__(self, settings: Kafka) -> None:
         self.settings = settings
         self.consumer = Consumer("datasets", group=f"test.{uuid.uuid4()}")
+        self.given = 0
         self.go_on = asyncio.Event()
         self.go_on.set()
 
         @self.consumer.on(DatasetUploaded)
         async def wait(envelope: Envelope[DatasetUploaded], studio: Any) -> None:
+            self.given += 1
             await self.go_on.wait()
 
     async def publish(self) -> None:
@@ -137,6 +139,30 @@ async def test_a_long_handler_and_a_member_to_spare_are_well(settings: Kafka) ->
         await until(lambda: first.consumer.busy or second.consumer.busy)
         await first.stays_well(5)
         await second.stays_well(0.1)
+
+
+@pytest.mark.real
+async def test_a_batch_in_hand_is_finished_before_its_partition_is_given_up(real_bootstrap: str) -> None:
+    patient = Kafka(bootstrap=real_bootstrap)
+    await create_topics(patient)
+    first, second = Run(patient), Run(patient)
+    second.consumer.group = first.consumer.group
+    async with running(first):
+        first.go_on.clear()
+        before = first.given
+        await first.publish()
+        await until(lambda: first.given > before)
+
+        async def finish_in_the_rebalance() -> None:
+            await until(lambda: first.client()._subscription.reassignment_in_progress)
+            await asyncio.sleep(3)
+            first.go_on.set()
+
+        finishing = asyncio.create_task(finish_in_the_rebalance())
+        async with running(second):
+            await finishing
+            await asyncio.sleep(2)
+    assert first.given + second.given == before + 1
 
 
 async def test_a_lost_coordinator_asks_for_a_new_process_and_a_broker_that_is_away_does_not() -> None:
