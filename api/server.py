@@ -15,7 +15,7 @@ from schemas.fine_tuning import ErrorResponse
 MAX_HEAD_BYTES = 64 * 1024
 GRACE_S = 15
 """How long requests that run at SIGTERM may go on, streams of a model included."""
-LAST_CALL_S = 1.0
+LAST_CALL_S = 3.0
 """How long an idle connection stays open at SIGTERM: closed at once, it would cut off a request that is on its way."""
 
 
