@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from mini_studio.settings import Settings
 from mini_studio.wiring import DECIDED_BY, open_studio
 
 MAX_CONNECTIONS = 1000
+FIRST_ROUTES_S = 3.0
 KEEP_IDLE_S = 2.0
 """Well below the 5 s after which uvicorn, our model servers' and vLLM's, closes an idle connection: it must not do so under a request."""
 
@@ -32,15 +34,18 @@ def create_app(settings: Settings) -> FastAPI:
         limits = httpx.Limits(
             max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=KEEP_IDLE_S
         )
+        # Only connecting is tried twice: a busy process may itself have let the time for it pass.
+        transport = httpx.AsyncHTTPTransport(limits=limits, retries=1, trust_env=False)
         # One client serves every tenant: a cookie it kept would go to the next one's model.
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
         async with (
             open_studio(settings, relayed=DECIDED_BY["api"]) as studio,
-            httpx.AsyncClient(timeout=timeout, limits=limits, cookies=no_cookies, trust_env=False) as upstream,
+            httpx.AsyncClient(timeout=timeout, transport=transport, cookies=no_cookies, trust_env=False) as upstream,
         ):
             app.state.studio, app.state.upstream, app.state.routes = studio, upstream, RouteTable()
             app.state.feed = RouteFeed(settings.kafka, app.state.routes, studio.broker_epoch)
             feeding = asyncio.create_task(app.state.feed.run())
+            await first_routes(app.state.routes, app.state.feed)
             yield
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
@@ -60,6 +65,13 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_api_route("/health", health, tags=["studio"])
     app.add_api_route("/metrics", metrics, tags=["studio"], response_class=Response)
     return app
+
+
+async def first_routes(routes: RouteTable, feed: RouteFeed) -> None:
+    """Serve when the routes are there, or cannot be had now: a restart must not answer a model's callers that it knows none."""
+    deadline = time.monotonic() + FIRST_ROUTES_S
+    while not (routes.loaded or feed.problem) and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
 
 
 async def welcome() -> dict[str, object]:

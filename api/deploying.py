@@ -145,7 +145,7 @@ async def first_status(deployment: Deployment, studio: Studio, feed: RouteFeed) 
     """The deployment with this generation's first status, or as it is when there is nothing more to wait for."""
     asked = time.monotonic()
     awaited = (DeploymentStatus.DEPLOYING, deployment.generation)
-    while (deployment.status, deployment.generation) == awaited:
+    while (deployment.status, deployment.generation) == awaited and not studio.leaving:
         patience_s = BROKER_PATIENCE_S if deployment.outbox else studio.settings.api.deploy_wait_s
         broker_away = studio.relay.problem or feed.problem
         if broker_away or time.monotonic() - asked > patience_s:

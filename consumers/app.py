@@ -11,7 +11,7 @@ from faststream.kafka import KafkaBroker
 
 from consumers import datasets, jobs, routes, serving, training
 from mini_studio.bus.consumer import Consumer, start_broker
-from mini_studio.bus.lag import LagMeter
+from mini_studio.bus.liveness import Liveness
 from mini_studio.health import Health, serve_health
 from mini_studio.settings import Settings
 from mini_studio.wiring import DECIDED_BY, Studio, open_studio
@@ -48,7 +48,7 @@ async def run(names: Sequence[str], settings: Settings, health_port: int | None)
         stop.set()
         for task in tasks[len(names) :]:
             task.cancel()
-        await asyncio.wait(tasks, timeout=15)
+        await asyncio.wait(tasks, timeout=13)
         for task in done - {stopping}:
             task.result()
     if server is not None:
@@ -58,8 +58,9 @@ async def run(names: Sequence[str], settings: Settings, health_port: int | None)
 async def run_one(consumer: Consumer, studio: Studio, health: Health, stop: asyncio.Event) -> None:
     """One consumer: its subscribers and its services."""
     broker = consumer.broker(studio.settings.kafka, studio.publisher, studio)
-    meter = LagMeter(consumer.name, broker)
-    health.checks[f"consumer {consumer.name}"] = meter.problem
+    liveness = Liveness(consumer, broker, studio.settings.kafka)
+    health.checks[f"consumer {consumer.name}"] = liveness.problem
+    health.vital[f"consumer {consumer.name}"] = liveness.lost
     stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
     tasks = [stopping, *(asyncio.create_task(service(studio)) for service in consumer.services)]
     starting = asyncio.create_task(start_broker(broker))
@@ -68,7 +69,7 @@ async def run_one(consumer: Consumer, studio: Studio, health: Health, stop: asyn
         if starting.done():
             log.info("consumer.started", consumer=consumer.name)
             health.starting.discard(consumer.name)
-            tasks.append(asyncio.create_task(meter.run()))
+            tasks.append(asyncio.create_task(liveness.run()))
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in (starting, *tasks):

@@ -21,8 +21,8 @@ from mini_studio.wiring import Studio
 
 log = structlog.get_logger(__name__)
 
-# One at a time: each may be gigabytes to read, and a batch must not outlast the longest time between two polls.
-consumer = Consumer("datasets", max_records=1)
+# One at a time: each may be gigabytes to read, twice, and a batch must not outlast the longest time between two polls.
+consumer = Consumer("datasets", max_records=1, longest_s=1800.0)
 CHARACTERS_PER_TOKEN = 4
 """OpenAI's rule of thumb for English; a job reports the exact count of its own tokenizer."""
 SWEEP_EVERY_S = 600.0
@@ -77,7 +77,9 @@ async def examine(envelope: Envelope[DatasetUploaded], studio: Studio) -> Datase
     uploaded = envelope.data
     key = key_of(uploaded.dfs_path)
     damaged = []
-    for name, store in (("shared file system", studio.dfs), ("S3", studio.s3)):
+    # The S3 client's library takes seconds to load on a busy machine, in which no heartbeat would leave.
+    s3 = await asyncio.to_thread(lambda: studio.s3)
+    for name, store in (("shared file system", studio.dfs), ("S3", s3)):
         if await digest(store.read(key)) != uploaded.sha256:
             damaged.append(f"the copy on {name} ({store.location(key)}) is missing or not what was uploaded")
     message = "; ".join(damaged) + ": upload the dataset again." if damaged else None

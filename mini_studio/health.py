@@ -10,7 +10,7 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-STUCK_AFTER_S = 60.0
+STUCK_AFTER_S = 30.0
 
 
 class Health:
@@ -21,6 +21,8 @@ class Health:
         """What has to come up before the process counts as started."""
         self.checks: dict[str, Callable[[], str | None]] = {}
         """Name -> function that gives the problem, or None."""
+        self.vital: dict[str, Callable[[], str | None]] = {}
+        """The same for what only a new process cures."""
         self._beat = time.monotonic()
 
     def report(self) -> tuple[int, dict[str, Any]]:
@@ -28,6 +30,9 @@ class Health:
         silent = time.monotonic() - self._beat
         if silent > STUCK_AFTER_S:
             return 503, {"status": "unhealthy", "reason": f"the event loop has been blocked for {silent:.0f} s"}
+        lost = {name: problem for name, check in self.vital.items() if (problem := check())}
+        if lost:
+            return 503, {"status": "unhealthy", "problems": lost}
         if self.starting:
             return 503, {"status": "starting", "waiting_for": sorted(self.starting)}
         problems = {name: problem for name, check in self.checks.items() if (problem := check())}

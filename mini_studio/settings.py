@@ -23,6 +23,12 @@ def run_file(data: Path) -> Path:
 class Api(BaseModel):
     host: str = Field("127.0.0.1", description="Address the REST API listens on.")
     port: int = Field(8000, ge=1, le=65535, description="Port of the REST API.")
+    listener: int | None = Field(
+        None,
+        ge=3,
+        description="File descriptor of an inherited socket that listens already, used instead of host and port; "
+        "whoever passes it on lets callers wait while the API is started again.",
+    )
     deploy_wait_s: float = Field(
         20.0,
         ge=0,

@@ -71,6 +71,8 @@ class Studio:
         self.keys = IdempotencyKeys(self.store, IdempotencyKey, wake)
         self.runs_changed = asyncio.Event()
         """Set when the training reconciler should look now, not at its next turn."""
+        self.leaving = False
+        """This process is about to end: what only waits should answer now."""
         self.releases_changed = asyncio.Event()
 
     @cached_property

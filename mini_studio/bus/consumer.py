@@ -8,12 +8,15 @@ async def claim(envelope: Envelope[FineTuneRequested], studio: Studio) -> None: 
 
 import asyncio
 import functools
+import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 import prometheus_client
 import structlog
+from aiokafka import ConsumerRebalanceListener
 from faststream import AckPolicy, FastStream
 from faststream.kafka import KafkaBroker, KafkaMessage
 
@@ -34,18 +37,41 @@ Handler = Callable[[Envelope[Any], Any], Coroutine[Any, Any, None]]
 Projector = Callable[[list[Envelope[Any]], Any], Coroutine[Any, Any, None]]
 Service = Callable[[Any], Coroutine[Any, Any, None]]
 
+LONGEST_BATCH_S = 300.0
+"""A batch that takes longer loses its partitions to another member, and would go round for ever."""
+
+
+class Handover(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Before its partitions are given up, lets the batch in hand be finished and committed: no other member takes it again."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self.subscriber: Any = None
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        # FastStream holds the lock of a batch until its offsets are committed.
+        await self.subscriber.lock.wait_release(self._limit_s)
+
+    async def on_partitions_assigned(self, assigned: Any) -> None:
+        pass
+
 
 class Consumer:
     """Declares what one consumer does; `broker` binds it to a studio. Declaring connects to nothing."""
 
-    def __init__(self, name: str, group: str | None = None, max_records: int = 500) -> None:
+    def __init__(
+        self, name: str, group: str | None = None, max_records: int = 500, longest_s: float = LONGEST_BATCH_S
+    ) -> None:
         self.name = name
         self.max_records = max_records
+        self.longest_s = longest_s
         self.group = group or f"mini-studio.{name}"
         self.topics: tuple[Topic, ...] = READERS[name]
         self.handlers: dict[type[Event], Handler] = {}
         self.services: list[Service] = []
         self._projector: Projector | None = None
+        self.busy, self.touched_at = False, time.monotonic()
+        """Whether a batch is in hand, and when the last one was begun or finished (monotonic)."""
 
     def on(self, *types: type[Event]) -> Callable[[H], H]:
         """Register the handler of one or more event types. Other known types are none of this consumer's business."""
@@ -88,7 +114,9 @@ class Consumer:
             logger=None,
         )
         for topic in self.topics:
-            subscriber = broker.subscriber(
+            # In a rebalance the broker waits for each member as long as for a silent one, and tells it with its next heartbeat.
+            handover = Handover(0.7 * settings.session_timeout_ms / 1000)
+            handover.subscriber = subscriber = broker.subscriber(
                 topic.value,
                 group_id=self.group,
                 batch=True,
@@ -97,6 +125,9 @@ class Consumer:
                 auto_offset_reset="earliest",
                 ack_policy=AckPolicy.NACK_ON_ERROR,
                 session_timeout_ms=settings.session_timeout_ms,
+                heartbeat_interval_ms=settings.session_timeout_ms // 10,
+                max_poll_interval_ms=int(self.longest_s * 1000),
+                listener=handover,
                 fetch_max_wait_ms=settings.fetch_wait_ms,
                 parser=parse,
                 decoder=no_decoding,
@@ -112,6 +143,15 @@ class Consumer:
 
         async def handle(message: KafkaMessage) -> None:
             records = cast("tuple[Any, ...]", message.raw_message)
+            self.busy, self.touched_at = True, time.monotonic()
+            try:
+                for record in records if logging.getLogger().isEnabledFor(logging.DEBUG) else ():
+                    log.debug("consumer.received", place=f"{record.topic}/{record.partition}@{record.offset}")
+                await take(records)
+            finally:
+                self.busy, self.touched_at = False, time.monotonic()
+
+        async def take(records: tuple[Any, ...]) -> None:
             if not await self._project(records, delivery, studio):
                 with bound():
                     for record in records:

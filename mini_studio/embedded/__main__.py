@@ -44,14 +44,14 @@ def run(data: Path, port: int, parent: int | None) -> int:
     lock = checks.hold(data)
     earlier = runfile.read(data)
     checks.end_leftovers(data)
-    checks.free_port(host, port)
+    listener = checks.listen(host, port)
     try:
         block = ports.claim(earlier.get("ports"), avoid=[port])
     except OSError as error:
         raise checks.CannotStart(f"{error}: stop another studio first") from None
     run_id = secrets.token_hex(8)
     with _ray_folder(data) as ray_folder:
-        built = stack.build(data, host, port, block, runfile.s3_keys(data), ray_folder)
+        built = stack.build(data, host, port, block, runfile.s3_keys(data), ray_folder, listener.fileno())
         environment = stack.environment(data, run_id, built.settings)
         # unmarked: it has to outlive everything that is marked
         guardian = Guardian(run_id, [ray_folder], {**os.environ, "PYTHONPATH": environment["PYTHONPATH"]})
@@ -59,6 +59,7 @@ def run(data: Path, port: int, parent: int | None) -> int:
         supervisor = Supervisor(built, data, run_id, environment, guardian, parent)
         code = asyncio.run(supervisor.run())
         runfile.write(data, built.content(None, block.base))
+    listener.close()
     block.release()
     os.close(lock)
     return code

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,11 +55,15 @@ def end_leftovers(data: Path) -> None:
         raise CannotStart(f"Processes of an earlier run on {data} do not end; end them by hand, then try again: {pids}")
 
 
-def free_port(host: str, port: int) -> None:
-    """Raises `CannotStart` if the REST API can't listen there."""
-    error = ports.in_use(host, port)
-    if error is None:
-        return
+def listen(host: str, port: int) -> socket.socket:
+    """The REST API's socket: whoever connects from now on waits until the API is there. Raises `CannotStart`."""
+    try:
+        return ports.listen(host, port)
+    except OSError as error:
+        _refuse_port(host, port, error)
+
+
+def _refuse_port(host: str, port: int, error: OSError) -> NoReturn:
     if error.errno == errno.EADDRINUSE:
         other = next((n for n in range(port + 1, min(port + 100, 65535)) if ports.in_use(host, n) is None), 8001)
         raise CannotStart(

@@ -37,6 +37,8 @@ class Part:
     restart_at_once: frozenset[int] = frozenset()
     """Exit codes that ask for a new process rather than tell of a failure."""
     stopped_first: bool = True
+    sockets: tuple[int, ...] = ()
+    """File descriptors of the supervisor that it inherits."""
     cwd: Path | None = None
     """Default: that of the supervisor."""
 
@@ -69,13 +71,14 @@ class Child:
         self.healthy = False
         self.starts += 1
         self._started_at = self.well_at = time.monotonic()
-        self.popen = spawn(self.part.command, self.log, self._environment, self.part.cwd)
+        self.popen = spawn(self.part.command, self.log, self._environment, self.part.cwd, self.part.sockets)
 
     def ended(self) -> tuple[int, float]:
         """Note that it ended: the exit code, and the pause in seconds before it may be started again."""
         code = self.popen.returncode if self.popen is not None and self.popen.returncode is not None else -1
+        asked_to = self.healthy and code in (0, -signal.SIGTERM)
         self.popen, self.healthy = None, False
-        if code in self.part.restart_at_once:
+        if asked_to or code in self.part.restart_at_once:
             return code, 0.0
         self._failures = 1 if time.monotonic() - self._started_at > SETTLED_S else self._failures + 1
         return code, min(LONGEST_PAUSE_S, 0.5 * 2 ** (self._failures - 1))
@@ -86,7 +89,11 @@ class Child:
 
 
 def spawn(
-    command: list[str], log: Path, environment: dict[str, str], cwd: Path | None = None
+    command: list[str],
+    log: Path,
+    environment: dict[str, str],
+    cwd: Path | None = None,
+    sockets: tuple[int, ...] = (),
 ) -> subprocess.Popen[bytes]:
     """A child in a session of its own (a terminal's Ctrl-C does not reach it) that dies with this process on Linux."""
     with log.open("ab") as output:
@@ -97,6 +104,7 @@ def spawn(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            pass_fds=sockets,
             start_new_session=True,
             # the supervisor has one thread, so nothing can hold a lock across this fork
             preexec_fn=_dies_with_parent(),  # noqa: PLW1509

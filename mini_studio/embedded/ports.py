@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FIRST, SIZE, COUNT = 20_000, 250, 50
+BACKLOG = 2048
 FIXED = 30
 """Ports of a block that are given out by name; the others are those of Ray's workers."""
 
@@ -40,13 +41,24 @@ class PortBlock:
 def in_use(host: str, port: int) -> OSError | None:
     """Why nothing can listen there; None if something can."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        listen(host, port).close()
     except OSError as error:
         return error
     return None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises `OSError`."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def claim(preferred: int | None, avoid: Iterable[int] = ()) -> PortBlock:

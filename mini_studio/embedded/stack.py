@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,16 @@ class Stack:
         return {"pid": pid, "url": self.url, "settings": self.settings, "health": self.health, "ports": block}
 
 
-def build(data: Path, host: str, port: int, block: PortBlock, keys: tuple[str, str], ray_folder: Path) -> Stack:
-    """The whole studio in `data` (absolute), its REST API at `host`:`port`."""
+def build(
+    data: Path,
+    host: str,
+    port: int,
+    block: PortBlock,
+    keys: tuple[str, str],
+    ray_folder: Path,
+    listener: int | None = None,
+) -> Stack:
+    """The whole studio in `data` (absolute), its REST API at `host`:`port`, where the socket `listener` listens already."""
     reached = LOCAL if host in ("0.0.0.0", "::", "") else host  # noqa: S104
     url = f"http://{reached}:{port}"
     settings: dict[str, dict[str, Any]] = {
@@ -64,7 +72,7 @@ def build(data: Path, host: str, port: int, block: PortBlock, keys: tuple[str, s
     }
     for section, name in elsewhere().values():
         settings[section] = {name: os.environ[_variable(section, name)]}
-    own = [Part("api", [*STUDIO, "api"], health=f"{url}/health", environment=OWN)]
+    own = [_api(url, listener)]
     for index, name in enumerate(("relay", *CONSUMERS)):
         own.append(_studio_part(name, block[HEALTH + index]))
     beside = [_broker(data, block), _s3(data, block, keys), _ray(block, ray_folder)]
@@ -105,6 +113,14 @@ def environment(data: Path, run_id: str, settings: dict[str, Any]) -> dict[str, 
 
 def prepare_command() -> list[str]:
     return [*STUDIO, "prepare"]
+
+
+def _api(url: str, listener: int | None) -> Part:
+    """The socket outlives the process: while it is started again, callers wait instead of being refused."""
+    part = Part("api", [*STUDIO, "api"], health=f"{url}/health", environment=OWN)
+    if listener is None:
+        return part
+    return replace(part, environment={**OWN, "MINI_STUDIO_API__LISTENER": str(listener)}, sockets=(listener,))
 
 
 def _studio_part(name: str, port: int) -> Part:

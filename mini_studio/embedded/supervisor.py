@@ -23,7 +23,7 @@ from mini_studio.embedded.stack import Stack, prepare_command
 SOON_S, LATER_S = 0.2, 5.0
 """How often a part is looked at before and after it is healthy."""
 ILL_FOR_S, NEVER_WELL_FOR_S = 60.0, 300.0
-"""A part is started again when it was ill this long; on a busy machine the first answer may take a while."""
+"""A part is started again when it was ill this long, or at once when it says so itself; a first answer may take a while."""
 STOP_STUDIO_S, STOP_ALL_S, END_S = 6.0, 3.0, 4.0
 """How long parts get to end by themselves: first the studio's own, then all; then they are killed."""
 SLOW_S = 60.0
@@ -139,9 +139,10 @@ class Supervisor:
         if verdict is Verdict.HEALTHY and not child.healthy:
             child.healthy = True
             self._say(f"  {child.part.name:<9} ready after {now - self._began:5.1f} s")
-        patience_s = ILL_FOR_S if child.healthy or verdict is Verdict.UNHEALTHY else NEVER_WELL_FOR_S
-        if now - child.well_at > patience_s:
-            self._say(f"{child.part.name}: ill for {now - child.well_at:.0f} s, ending it")
+        patience_s = ILL_FOR_S if child.healthy else NEVER_WELL_FOR_S
+        if verdict is Verdict.UNHEALTHY or now - child.well_at > patience_s:
+            how = "says it is unhealthy" if verdict is Verdict.UNHEALTHY else f"ill for {now - child.well_at:.0f} s"
+            self._say(f"{child.part.name}: {how}, ending it")
             child.signal(signal.SIGTERM)
             await asyncio.sleep(END_S)
             if life == child.starts:

@@ -35,7 +35,7 @@ def block() -> ports.PortBlock:
 
 def test_a_port_in_use_names_a_free_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(checks.CannotStart) as failure:
-        checks.free_port("127.0.0.1", taken.getsockname()[1])
+        checks.listen("127.0.0.1", taken.getsockname()[1])
     assert "in use" in str(failure.value)
     (other,) = re.findall(r"make run PORT=(\d+)", str(failure.value))
     assert ports.in_use("127.0.0.1", int(other)) is None

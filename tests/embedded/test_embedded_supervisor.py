@@ -135,6 +135,21 @@ def test_a_dead_part_is_started_again(run: Run) -> None:
     assert "api: killed by SIGKILL" in run.said()
 
 
+def test_a_part_that_says_it_is_unhealthy_is_started_again_at_once(run: Run, data: Path) -> None:
+    first, began = run.pids()["api"], time.monotonic()
+    (data / "api.ill").touch()
+    until(lambda: run.pids()["api"] != first)
+    assert time.monotonic() - began < 30
+    assert "api: says it is unhealthy, ending it" in run.said()
+
+
+def test_a_part_that_ends_as_asked_is_started_again_without_a_pause(run: Run) -> None:
+    first = run.pids()["api"]
+    os.kill(first, signal.SIGTERM)
+    until(lambda: run.pids()["api"] != first)
+    assert "starting it again in" not in run.said()
+
+
 def test_a_new_broker_is_prepared_again(run: Run, data: Path) -> None:
     assert (data / "prepared").read_text() == "x"
     os.kill(run.pids()["broker"], signal.SIGKILL)

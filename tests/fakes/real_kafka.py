@@ -10,8 +10,11 @@ import os
 import random
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ADDRESS, SCRIPTS = "MINI_STUDIO_TEST_KAFKA", "MINI_STUDIO_TEST_REAL"
 HOW = f"needs a real Apache Kafka: run `make test-real`, or set {ADDRESS}=host:port"
@@ -78,3 +81,14 @@ def free_pair() -> int:
             socket.create_server(("127.0.0.1", port + 1)),
         ):
             return port
+
+
+@contextlib.contextmanager
+def own_kafka(folder: Path) -> Iterator[RealKafka]:
+    """One for this test alone, whose topics nobody else has made or filled. Skips where there is none to start."""
+    found = script()
+    if found is None:
+        pytest.skip(HOW_TO_STOP_IT)
+    kafka = RealKafka.start(found, folder)
+    yield kafka
+    kafka.stop()
