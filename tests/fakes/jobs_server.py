@@ -158,14 +158,18 @@ class JobsServer:
         self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **self.environment})
         wait_for(self.port)
 
-    @property
-    def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+    def pids(self) -> list[int]:
+        return [self.process.pid] if self.process is not None and self.process.poll() is None else []
 
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+
+    def start_again(self) -> None:
+        """After it was killed, by this or by somebody else."""
+        self.kill()
+        self.start()
 
 
 @contextlib.contextmanager

@@ -15,8 +15,11 @@ async def read_all(bootstrap: str, topic: str) -> list[Any]:
     await consumer.start()
     consumer.assign([TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or {0})])
     records: list[Any] = []
-    for _ in range(4):
-        for batch in (await consumer.getmany(timeout_ms=500)).values():
+    silent = 0
+    while silent < 3:
+        batches = await consumer.getmany(timeout_ms=500)
+        silent = 0 if batches else silent + 1
+        for batch in batches.values():
             records += batch
     await consumer.stop()
     return records

@@ -45,6 +45,16 @@ class RealKafka:
     def bootstrap(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    def pids(self) -> list[int]:
+        """Of the broker, while it runs."""
+        status = subprocess.run(
+            [str(self.script), "status", str(self.data)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        return [int((self.data / "pid").read_text())] if status.returncode == 0 else []
+
     def start_again(self) -> None:
         self._call("start")
 
