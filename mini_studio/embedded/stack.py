@@ -64,7 +64,7 @@ def build(data: Path, host: str, port: int, block: PortBlock, keys: tuple[str, s
     }
     for section, name in elsewhere().values():
         settings[section] = {name: os.environ[_variable(section, name)]}
-    own = [Part("api", [*STUDIO, "api"], health=f"{url}/health", environment=OWN)]
+    own = [Part("api", [*STUDIO, "api"], health=f"{url}/health", environment=OWN, prepared_once=True)]
     for index, name in enumerate(("relay", *CONSUMERS)):
         own.append(_studio_part(name, block[HEALTH + index]))
     beside = [_broker(data, block), _s3(data, block, keys), _ray(block, ray_folder)]
@@ -114,6 +114,7 @@ def _studio_part(name: str, port: int) -> Part:
         health=f"http://{LOCAL}:{port}/health",
         environment={**OWN, "MINI_STUDIO_HEALTH_PORT": str(port)},
         restart_at_once=frozenset({BROKER_REPLACED}),
+        prepared_once=name == "relay",
     )
 
 
