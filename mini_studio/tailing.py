@@ -5,17 +5,19 @@ import sys
 from typing import Any
 
 import orjson
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 
 from events.registry import UndecodableEvent, decode
 from events.topics import Topic
 from mini_studio.bus.delivery import text_headers
+from mini_studio.bus.routes import at_end
 from mini_studio.settings import Settings
 
 
 async def tail(settings: Settings, *, follow: bool, subject: str | None, as_json: bool) -> None:
-    """Every event from the beginning of the log, by assignment: nobody's position moves."""
+    """Every event from the beginning of the log, without a group: nobody's position moves."""
     consumer = AIOKafkaConsumer(
+        *(topic.value for topic in Topic),  # not by `assign`: Apache Kafka has not told of their partitions by then
         bootstrap_servers=settings.kafka.bootstrap,
         auto_offset_reset="earliest",
         enable_auto_commit=False,
@@ -23,13 +25,9 @@ async def tail(settings: Settings, *, follow: bool, subject: str | None, as_json
     )
     await asyncio.wait_for(consumer.start(), 10)
     try:
-        topics = [topic.value for topic in Topic]
-        partitions = [TopicPartition(t, p) for t in topics for p in sorted(consumer.partitions_for_topic(t) or {0})]
-        consumer.assign(partitions)
-        quiet = 0
-        while follow or quiet < 2:
+        partitions = list(consumer.assignment())
+        while follow or not await at_end(consumer, partitions):
             batches = await consumer.getmany(timeout_ms=500)
-            quiet = 0 if batches else quiet + 1
             records = [record for batch in batches.values() for record in batch]
             for record in sorted(records, key=lambda r: r.timestamp):
                 line = render(record, subject, as_json)

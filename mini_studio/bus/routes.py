@@ -104,7 +104,7 @@ class RouteFeed:
                 for records in (await consumer.getmany(timeout_ms=500)).values():
                     for record in records:
                         self._apply(record.key, record.value, dict(record.headers))
-                self._table.loaded = self._table.loaded or await _at_end(consumer, partitions)
+                self._table.loaded = self._table.loaded or await at_end(consumer, partitions)
                 self.problem = None
         finally:
             with contextlib.suppress(Exception):
@@ -123,7 +123,7 @@ def revision_in(headers: dict[str, bytes]) -> int:
     return int(headers.get("ce_id", b"").rpartition(b"/")[2])
 
 
-async def _at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
+async def at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
     for partition in partitions:
         highwater = consumer.highwater(partition)
         # None until a first fetch has been answered; 0, not None, when that found an empty partition.

@@ -1,28 +1,34 @@
 """Reads and writes a log as any Kafka client does, without the studio's own code."""
 
+import asyncio
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
+READ_S = 60.0
 Headers = list[tuple[str, Any]]
 
 
 async def read_all(bootstrap: str, topic: str) -> list[Any]:
     """Every record of a topic, partition by partition; no group, nobody's position moves."""
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False, fetch_max_wait_ms=20
+        topic,  # without a group it gets all partitions; by `assign` only those that it happens to know of
+        bootstrap_servers=bootstrap,
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+        fetch_max_wait_ms=20,
     )
     await consumer.start()
-    consumer.assign([TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or {0})])
-    records: list[Any] = []
-    silent = 0
-    while silent < 3:
-        batches = await consumer.getmany(timeout_ms=500)
-        silent = 0 if batches else silent + 1
-        for batch in batches.values():
-            records += batch
+    records: dict[int, list[Any]] = {p.partition: [] for p in consumer.assignment()}
+    left = set(consumer.assignment())
+    async with asyncio.timeout(READ_S):
+        while left:
+            for partition, batch in (await consumer.getmany(timeout_ms=100)).items():
+                records[partition.partition] += batch
+            # not `end_offsets`, which is wrong on the embedded broker
+            left = {p for p in left if (end := consumer.highwater(p)) is None or await consumer.position(p) < end}
     await consumer.stop()
-    return records
+    return [record for partition in sorted(records) for record in records[partition]]
 
 
 async def write(
