@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote
 
-from tests.fakes.broker import free_port, wait_for
+from tests.fakes.broker import lasting_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CPUS, MEMORY = 2.0, 4.0e9
@@ -144,7 +144,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class JobsServer:
     """One as a process that can be killed and started again."""
 
-    port: int = field(default_factory=free_port)
+    port: int = field(default_factory=lasting_port)
     options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None

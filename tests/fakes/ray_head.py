@@ -28,6 +28,7 @@ PORTS = (
 )
 
 
+MOST_STARTS = 3
 TRAINING = "workloads.train"
 
 
@@ -80,14 +81,21 @@ class RayHead:
         )
 
     def wait(self) -> None:
-        """Until it has a node: the dashboard answers before there is one, and a submission would wait."""
-        for _ in range(600):
+        """Until it has a node: the dashboard answers before there is one, and a submission would wait.
+
+        A Ray that gives up while it starts, as it does on a busy machine, is started again, as the launcher does.
+        """
+        starts = 1
+        for _ in range(1200):
             with contextlib.suppress(httpx.HTTPError):
                 answer = httpx.get(f"{self.address}/api/v0/nodes", timeout=2, trust_env=False)
                 if '"ALIVE"' in answer.text:
                     return
             if self.process.poll() is not None:
-                break
+                if starts == MOST_STARTS:
+                    break
+                starts += 1
+                self.start()
             time.sleep(0.1)
         raise AssertionError((self.folder / "start.log").read_text())
 

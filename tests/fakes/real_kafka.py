@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.fakes.broker import free_port
+from tests.fakes.broker import lasting_port
 
 ADDRESS, SCRIPTS = "MINI_STUDIO_TEST_KAFKA", "MINI_STUDIO_TEST_REAL"
 HOW = f"needs a real Apache Kafka: run `make test-real`, or set {ADDRESS}=host:port"
@@ -36,7 +36,7 @@ class RealKafka:
     @classmethod
     def start(cls, script: Path, data: Path, *options: str) -> "RealKafka":
         """`options` are server properties, `key=value`. Raises `CalledProcessError` when it does not come up."""
-        kafka = cls(script, data, free_port())
+        kafka = cls(script, data, lasting_port())
         subprocess.run([str(script), "install"], check=True, stdout=subprocess.DEVNULL)
         kafka._call("start", str(kafka.port), *options)
         return kafka

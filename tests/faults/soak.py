@@ -22,7 +22,7 @@ from mini_studio.records.jobs import Job
 from mini_studio.settings import Settings
 from mini_studio.wiring import COLLECTIONS, open_studio
 from tests.fakes import real_kafka
-from tests.fakes.broker import free_port
+from tests.fakes.broker import lasting_port
 from tests.fakes.jobs_server import JobsServer
 from tests.fakes.real_kafka import RealKafka
 from tests.fakes.running import Running
@@ -38,8 +38,7 @@ QUICK_SHARE = 0.65
 """Of the time, for the stretch with quick trainers."""
 CLIENTS = 10
 AT_REST = ("ready", "failed", "removed")
-ALL_OVER_S = 120.0
-SETTLED_S = 120.0
+OVER_S = 120.0
 SAY_EVERY_S = 10.0
 QUICK = {
     "MINI_STUDIO_TRAINING__MAX_RUNNING": "8",
@@ -58,6 +57,8 @@ class Plan:
     minutes: float
     seed: int
     bootstrap: str | None
+    over_s: float
+    """From the last kill until every job has to have ended."""
 
     def share(self, whole: int) -> int:
         return max(1, round(whole * self.minutes / MINUTES))
@@ -99,7 +100,7 @@ class Soak:
         self.plan, self.folder, self.kafka = plan, folder, kafka
         self.report, self.history = Report(), History(folder / "history.jsonl")
         self.shared = {"MINI_STUDIO_KAFKA__BOOTSTRAP": plan.bootstrap, "MINI_STUDIO_KAFKA__IDEMPOTENT": "true"}
-        self.studio = Running(folder / "data", free_port())
+        self.studio = Running(folder / "data", lasting_port())
 
     @property
     def settings(self) -> Settings:
@@ -178,15 +179,15 @@ class Soak:
 
     def settle(self, name: str, since: float) -> None:
         """Wait until every job has ended, and then until nothing moves any more."""
-        while (left := asyncio.run(self.unfinished())) and time.time() - since < ALL_OVER_S:
+        while (left := asyncio.run(self.unfinished())) and time.time() - since < self.plan.over_s:
             time.sleep(1)
         self.report.over_after_s[name] = round(time.time() - since, 1)
         if left:
             few = ", ".join(left[:5])
             self.report.violations.append(
-                f"{name}: {len(left)} not over {ALL_OVER_S:.0f} s after the last kill: {few} ..."
+                f"{name}: {len(left)} not over {self.plan.over_s:.0f} s after the last kill: {few} ..."
             )
-        limit = time.time() + SETTLED_S
+        limit = time.time() + self.plan.over_s
         while (moving := asyncio.run(self.moving())) and time.time() < limit:
             time.sleep(1)
         if moving:
@@ -231,11 +232,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--bootstrap", help="run on this Kafka, or on one of its own for `own`, instead of the embedded broker"
     )
+    parser.add_argument(
+        "--over-s",
+        type=float,
+        default=OVER_S,
+        help="seconds from the last kill until every job has ended (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"seed {options.seed}, {options.minutes:g} minutes, in {folder}", flush=True)
     kafka = own_kafka(folder) if options.bootstrap == "own" else None
-    plan = Plan(options.minutes, options.seed, kafka.bootstrap if kafka else options.bootstrap)
+    plan = Plan(options.minutes, options.seed, kafka.bootstrap if kafka else options.bootstrap, options.over_s)
     try:
         report = Soak(plan, folder, kafka).run()
     finally:

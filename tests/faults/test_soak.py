@@ -11,14 +11,16 @@ from tests.faults.length import length
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = length(short=2, full=10)
-LIMIT_S = MINUTES * 60 * 3 + 900
+OVER_S = length(short=300, full=120)
+"""`make soak` promises 120 s; a machine that runs other tests as well may take longer."""
+LIMIT_S = MINUTES * 60 * 3 + 4 * OVER_S + 300
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(LIMIT_S + 60)]
 
 
 def soak(*options: str) -> None:
-    command = [sys.executable, "-m", "tests.faults.soak", "--minutes", f"{MINUTES:g}", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    command = [sys.executable, "-m", "tests.faults.soak", "--minutes", f"{MINUTES:g}", "--over-s", f"{OVER_S:g}"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
 
