@@ -178,7 +178,9 @@ def running_jobs_server() -> Iterator[str]:
     server = JobsServer()
     server.start()
     yield server.address
-    server.kill()
+    assert server.process is not None
+    server.process.terminate()
+    server.process.wait(10)
 
 
 def main() -> None:
@@ -186,7 +188,7 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("--instead")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="jobs-server-") as logs:
         Handler.jobs = Jobs(Path(logs), options.instead)
         http.server.ThreadingHTTPServer.request_queue_size = 128

@@ -120,7 +120,7 @@ class Soak:
 
     def quickly(self) -> None:
         """Many trainings that take no time, everything killed but Ray, whose place the stand-in has."""
-        mark = {"MINI_STUDIO_RUN_DATA": str(self.studio.data)}
+        mark = {"MINI_STUDIO_RUN_DATA": str(self.studio.data), "TMPDIR": str(self.folder)}
         cluster = JobsServer(options=("--instead", "tests.fakes.quick_trainer"), environment=mark)
         self.start({**QUICK, "MINI_STUDIO_TRAINING__RAY_ADDRESS": cluster.address})
         cluster.start()
