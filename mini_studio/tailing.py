@@ -10,6 +10,7 @@ from aiokafka import AIOKafkaConsumer
 from events.registry import UndecodableEvent, decode
 from events.topics import Topic
 from mini_studio.bus.delivery import text_headers
+from mini_studio.bus.reading import at_end
 from mini_studio.settings import Settings
 
 
@@ -24,10 +25,9 @@ async def tail(settings: Settings, *, follow: bool, subject: str | None, as_json
     )
     await asyncio.wait_for(consumer.start(), 10)
     try:
-        quiet = 0
-        while follow or quiet < 2:
+        partitions = list(consumer.assignment())
+        while follow or not await at_end(consumer, partitions):
             batches = await consumer.getmany(timeout_ms=500)
-            quiet = 0 if batches else quiet + 1
             records = [record for batch in batches.values() for record in batch]
             for record in sorted(records, key=lambda r: r.timestamp):
                 line = render(record, subject, as_json)

@@ -15,7 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from faststream.kafka import KafkaBroker
 
 from mini_studio.bus.consumer import Consumer
-from mini_studio.bus.kafka import quietly
+from mini_studio.bus.kafka import let_go
 from mini_studio.bus.metrics import LAG
 from mini_studio.settings import Kafka
 
@@ -135,7 +135,7 @@ class Liveness:
         except Exception as error:
             return f"has no partitions, and its group cannot be asked ({error!r})"
         finally:
-            await quietly(admin.close())
+            await let_go(admin.close())
         return f"has none of {partitions} partitions in a group of {members}" if members <= partitions else None
 
     def _clients(self) -> list[AIOKafkaConsumer]:
@@ -161,7 +161,7 @@ async def within_reach(settings: Kafka, consumer: Consumer) -> bool:
     except Exception:
         return False
     finally:
-        await quietly(asyncio.wait_for(client.stop(), 2))
+        await let_go(client.stop(), 2)
     return True
 
 

@@ -29,6 +29,8 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
     after_preparation: bool = True
     """Waits until the broker and the bucket are prepared."""
+    prepared_once: bool = False
+    """Waits so before its first start alone: after that it works while the broker is down."""
     needed_to_prepare: bool = False
     forgets: bool = False
     """Comes back empty: the studio has to be prepared again."""

@@ -117,7 +117,7 @@ def prepare_command() -> list[str]:
 
 def _api(url: str, listener: int | None) -> Part:
     """The socket outlives the process: while it is started again, callers wait instead of being refused."""
-    part = Part("api", [*STUDIO, "api"], health=f"{url}/health", environment=OWN)
+    part = Part("api", [*STUDIO, "api"], health=f"{url}/health", environment=OWN, prepared_once=True)
     if listener is None:
         return part
     return replace(part, environment={**OWN, "MINI_STUDIO_API__LISTENER": str(listener)}, sockets=(listener,))
@@ -130,6 +130,7 @@ def _studio_part(name: str, port: int) -> Part:
         health=f"http://{LOCAL}:{port}/health",
         environment={**OWN, "MINI_STUDIO_HEALTH_PORT": str(port)},
         restart_at_once=frozenset({BROKER_REPLACED}),
+        prepared_once=name == "relay",
     )
 
 

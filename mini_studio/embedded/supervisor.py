@@ -92,7 +92,7 @@ class Supervisor:
         """Start a part, and start it again whenever it ends."""
         children.rotate(child.log)
         while True:
-            if child.part.after_preparation:
+            if child.part.after_preparation and not (child.part.prepared_once and child.starts):
                 await self._prepared.wait()
             if child.part.family and child.starts:
                 await self._end_family(self._ray_family)

@@ -1,9 +1,9 @@
-"""The training cluster contract, run on a real Ray head and on the fake."""
+"""The training cluster contract, run on a real Ray head, on the stand-in for its HTTP API, and on the fake."""
 
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from mini_studio.drivers.ports import RunReport, RunState, TrainingCluster
 from mini_studio.drivers.ray import RayCluster
 from mini_studio.errors import Refused
+from tests.fakes.jobs_server import running_jobs_server
 from tests.fakes.ray_head import RayHead, stub_trainer
 from tests.fakes.training_cluster import FakeTrainingCluster
 
@@ -58,20 +59,30 @@ class FakeBench(Bench):
 
 
 class RayBench(Bench):
-    def __init__(self, folder: Path, head: RayHead) -> None:
+    def __init__(self, folder: Path, address: str) -> None:
         super().__init__(folder)
-        self.cluster = RayCluster(head.address, timeout_s=30, **stub_trainer())
+        self.cluster = RayCluster(address, timeout_s=30, **stub_trainer())
 
     def end(self, id: str, spec: Path, exit_code: int) -> None:
         Path(f"{spec}.exit").write_text(str(exit_code))
 
 
-@pytest.fixture(params=["fake", "ray"])
+@pytest.fixture(scope="module")
+def jobs_server() -> Iterator[str]:
+    with running_jobs_server() as address:
+        yield address
+
+
+@pytest.fixture(params=["fake", "jobs server", "ray"])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     if request.param == "fake":
         yield FakeBench(tmp_path)
         return
-    bench = RayBench(tmp_path, request.getfixturevalue("ray_head"))
+    if request.param == "ray":
+        head: RayHead = request.getfixturevalue("ray_head")
+        bench = RayBench(tmp_path, head.address)
+    else:
+        bench = RayBench(tmp_path, request.getfixturevalue("jobs_server"))
     yield bench
     await bench.cluster.aclose()  # type: ignore[attr-defined]
 

@@ -33,13 +33,15 @@ def main() -> None:
     parts = [
         part("broker", block[0], after_preparation=False, needed_to_prepare=True, forgets=True, stopped_first=False),
         part("ray", block[1], "stubborn", "parent", after_preparation=False, stopped_first=False),
-        part("api", block[2]),
+        part("api", block[2], prepared_once=True),
     ]
     built = stack.Stack(parts, "http://127.0.0.1:1", {}, {})
     run_id = secrets.token_hex(8)
     environment = stack.environment(data, run_id, {})
     runfile.write(data, built.content(os.getpid(), block.base))
-    prepare = [sys.executable, "-c", f"open({str(data / 'prepared')!r}, 'a').write('x')"]
+    program = "import pathlib, sys; d = pathlib.Path(sys.argv[1]); (d / 'broken').exists() and sys.exit(1); "
+    program += "(d / 'prepared').open('a').write('x')"
+    prepare = [sys.executable, "-c", program, str(data)]
     guardian = Guardian(run_id, [ray_folder], dict(os.environ))
     sys.exit(asyncio.run(Supervisor(built, data, run_id, environment, guardian, prepare=prepare).run()))
 

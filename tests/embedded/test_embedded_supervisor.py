@@ -156,6 +156,16 @@ def test_a_new_broker_is_prepared_again(run: Run, data: Path) -> None:
     until(lambda: (data / "prepared").read_text() == "xx")
 
 
+def test_the_api_is_started_again_while_there_is_no_broker_to_speak_of(run: Run, data: Path) -> None:
+    (data / "broken").touch()
+    pids = run.pids()
+    os.kill(pids["broker"], signal.SIGKILL)
+    until(lambda: "prepare: failed" in run.said())
+    os.kill(pids["api"], signal.SIGKILL)
+    until(lambda: run.pids()["api"] != pids["api"])
+    assert (data / "prepared").read_text() == "x"
+
+
 def test_one_studio_to_a_data_folder(run: Run, data: Path) -> None:
     command = [sys.executable, "-m", "mini_studio.embedded", "--data", str(data), "--port", str(free_port())]
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

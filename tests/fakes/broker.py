@@ -1,6 +1,7 @@
 """The embedded broker as a process of its own, on a free port: a real Kafka wire protocol for tests that need no whole studio."""
 
 import contextlib
+import random
 import socket
 import subprocess
 import time
@@ -14,6 +15,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def lasting_port() -> int:
+    """A free port whose next one is free as well, where no outgoing connection lands while their owner is dead for a while."""
+    while True:
+        port = random.randrange(22_000, 32_000, 2)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for number in (port, port + 1):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", number))
+            return port
 
 
 @contextlib.contextmanager

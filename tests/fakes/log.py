@@ -1,10 +1,11 @@
 """Reads and writes a log as any Kafka client does, without the studio's own code."""
 
-import time
+import asyncio
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
+READ_S = 60.0
 Headers = list[tuple[str, Any]]
 
 
@@ -12,26 +13,23 @@ async def read_all(bootstrap: str, topic: str) -> list[Any]:
     """Every record of a topic, partition by partition; no group, nobody's position moves."""
     # A real broker tells only of the partitions of topics that are asked for here; without a group all are assigned.
     consumer = AIOKafkaConsumer(
-        topic, group_id=None, bootstrap_servers=bootstrap, auto_offset_reset="earliest", fetch_max_wait_ms=20
+        topic,  # without a group it gets all partitions; by `assign` only those that it happens to know of
+        bootstrap_servers=bootstrap,
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+        fetch_max_wait_ms=20,
     )
     await consumer.start()
-    partitions = sorted(consumer.assignment())
-    records: dict[TopicPartition, list[Any]] = {partition: [] for partition in partitions}
-    deadline = time.monotonic() + 60
-    while not await _at_end(consumer, partitions):
-        assert time.monotonic() < deadline, "the log could not be read to its end"
-        for partition, batch in (await consumer.getmany(timeout_ms=100)).items():
-            records[partition] += batch
+    records: dict[int, list[Any]] = {p.partition: [] for p in consumer.assignment()}
+    left = set(consumer.assignment())
+    async with asyncio.timeout(READ_S):
+        while left:
+            for partition, batch in (await consumer.getmany(timeout_ms=100)).items():
+                records[partition.partition] += batch
+            # not `end_offsets`, which is wrong on the embedded broker
+            left = {p for p in left if (end := consumer.highwater(p)) is None or await consumer.position(p) < end}
     await consumer.stop()
-    return [record for partition in partitions for record in records[partition]]
-
-
-async def _at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
-    for partition in partitions:
-        end = consumer.highwater(partition)  # None before the first fetch was answered
-        if end is None or await consumer.position(partition) < end:
-            return False
-    return True
+    return [record for partition in sorted(records) for record in records[partition]]
 
 
 async def write(

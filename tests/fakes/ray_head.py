@@ -28,6 +28,17 @@ PORTS = (
 )
 
 
+MOST_STARTS = 3
+TRAINING = "workloads.train"
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def stub_trainer() -> dict[str, Any]:
     """Arguments of `RayCluster` that run `tests.fakes.trainer` in place of the real one."""
     return {"module": "tests.fakes.trainer", "pythonpath": str(ROOT)}
@@ -48,14 +59,19 @@ class RayHead:
         # short: Ray puts Unix sockets there, whose paths may have 107 characters
         self.folder = Path(tempfile.mkdtemp(prefix="msray"))
         options = [part for option, port in ports.items() for part in (option, str(port))]
-        self._log = (self.folder / "start.log").open("w")
+        self._command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+            *("--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--temp-dir", str(self.folder)),
+            *("--min-worker-port", "0", "--max-worker-port", "0"),
+            *("--num-cpus", "2", "--object-store-memory", "80000000", *options),
+        ]
+        self._log = (self.folder / "start.log").open("a")
+        self.start()
+
+    def start(self) -> None:
+        """Also again, at the same address, after it was killed: it comes back empty."""
         self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-                *("--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1", "--temp-dir", str(self.folder)),
-                *("--min-worker-port", "0", "--max-worker-port", "0"),
-                *("--num-cpus", "2", "--object-store-memory", "80000000", *options),
-            ],
+            self._command,
             # a token file that a local `ray.init()` left behind would turn authentication on
             env={**os.environ, "RAY_AUTH_MODE": "disabled"},
             stdin=subprocess.DEVNULL,
@@ -65,14 +81,21 @@ class RayHead:
         )
 
     def wait(self) -> None:
-        """Until it has a node: the dashboard answers before there is one, and a submission would wait."""
-        for _ in range(600):
+        """Until it has a node: the dashboard answers before there is one, and a submission would wait.
+
+        A Ray that gives up while it starts, as it does on a busy machine, is started again, as the launcher does.
+        """
+        starts = 1
+        for _ in range(1200):
             with contextlib.suppress(httpx.HTTPError):
                 answer = httpx.get(f"{self.address}/api/v0/nodes", timeout=2, trust_env=False)
                 if '"ALIVE"' in answer.text:
                     return
             if self.process.poll() is not None:
-                break
+                if starts == MOST_STARTS:
+                    break
+                starts += 1
+                self.start()
             time.sleep(0.1)
         raise AssertionError((self.folder / "start.log").read_text())
 
@@ -82,6 +105,18 @@ class RayHead:
             root = psutil.Process(self.process.pid)
             return [root, *root.children(recursive=True)]
         return []
+
+    def named(self, *words: str) -> list[psutil.Process]:
+        """Those whose command line has one of the words."""
+        return [process for process in self.processes() if any(word in command_line(process) for word in words)]
+
+    def kill(self) -> None:
+        """All of Ray at once, and nothing of what it runs."""
+        killed = [process for process in self.processes() if TRAINING not in command_line(process)]
+        for process in killed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(killed, timeout=10)
 
     def close(self) -> None:
         ours = self.processes()

@@ -7,14 +7,14 @@
 
 import contextlib
 import os
-import random
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.fakes.broker import lasting_port
 
 ADDRESS, SCRIPTS = "MINI_STUDIO_TEST_KAFKA", "MINI_STUDIO_TEST_REAL"
 HOW = f"needs a real Apache Kafka: run `make test-real`, or set {ADDRESS}=host:port"
@@ -40,7 +40,7 @@ class RealKafka:
     @classmethod
     def start(cls, script: Path, data: Path, *options: str) -> "RealKafka":
         """`options` are server properties, `key=value`. Raises `CalledProcessError` when it does not come up."""
-        kafka = cls(script, data, free_pair())
+        kafka = cls(script, data, lasting_port())
         subprocess.run([str(script), "install"], check=True, stdout=subprocess.DEVNULL)
         kafka._call("start", str(kafka.port), *options)
         return kafka
@@ -48,6 +48,16 @@ class RealKafka:
     @property
     def bootstrap(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    def pids(self) -> list[int]:
+        """Of the broker, while it runs."""
+        status = subprocess.run(
+            [str(self.script), "status", str(self.data)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        return [int((self.data / "pid").read_text())] if status.returncode == 0 else []
 
     def start_again(self) -> None:
         self._call("start")
@@ -66,21 +76,6 @@ class RealKafka:
 
     def _call(self, verb: str, *rest: str) -> None:
         subprocess.run([str(self.script), verb, str(self.data), *rest], check=True, stdout=subprocess.DEVNULL)
-
-
-def free_pair() -> int:
-    """A port that is free together with the next one, which the controller takes.
-
-    It is below those that the system gives to outgoing connections: one of them could take it while the broker is down.
-    """
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with (
-            contextlib.suppress(OSError),
-            socket.create_server(("127.0.0.1", port)),
-            socket.create_server(("127.0.0.1", port + 1)),
-        ):
-            return port
 
 
 @contextlib.contextmanager

@@ -13,14 +13,16 @@ from events.base import Envelope
 from events.deployments import DeployRequested
 from events.fine_tuning import FineTuneFailed, FineTuneRequested, FineTuneSucceeded
 from events.registry import UndecodableEvent, decode, restore
-from events.topics import Topic
+from events.topics import ROUTES, Topic
 from events.types import DeploymentStatus
 from mini_studio.bus.delivery import text_headers
+from mini_studio.bus.kafka import all_topics
 from mini_studio.drivers.releases import held_in
 from mini_studio.records.datasets import Dataset
 from mini_studio.records.deployments import Deployment
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import fold
+from mini_studio.records.routes import RouteRecord
 from mini_studio.records.store import Document
 from mini_studio.settings import Settings
 from mini_studio.wiring import RECORDS, open_studio
@@ -30,6 +32,7 @@ from workloads.specs import COMMITTED, MANIFEST, Manifest
 
 BOOKKEEPING = frozenset({"outbox", "version"})
 """What a record holds beside what its events say."""
+DEAD = ".dead"
 PROJECTIONS = (Dataset, Job, Deployment)
 
 
@@ -48,6 +51,10 @@ class Dump:
     """Complete attempts by job id."""
     committed: dict[str, str] = field(default_factory=dict)
     """Where each job's final path points, by job id."""
+    dead: list[str] = field(default_factory=list)
+    """Records on the dead-letter topics, with the reasons."""
+    routes: dict[str, Any] = field(default_factory=dict)
+    """Last value of each key on the topic of routes; None: a tombstone."""
     served: dict[str, str] = field(default_factory=dict)
     """What the local serving driver holds: deployment id by name."""
 
@@ -62,6 +69,13 @@ async def collect(settings: Settings) -> Dump:
                 dump.log[topic].append(decode(record.key, text_headers(record), record.value))
             except UndecodableEvent as error:
                 dump.not_events.append(f"{topic}/{record.partition}@{record.offset}: {error.reason}")
+    for name in all_topics():
+        if name == ROUTES:
+            for record in await read_all(settings.kafka.bootstrap, name):
+                dump.routes[record.key.decode()] = json.loads(record.value) if record.value else None
+        elif name.endswith(DEAD):
+            for record in await read_all(settings.kafka.bootstrap, name):
+                dump.dead.append(f"{name}@{record.offset}: {text_headers(record).get('dlq_reason')}")
     async with open_studio(settings) as studio:
         position = 0
         while entries := await studio.store.read_journal(after=position, limit=5000):
@@ -82,17 +96,18 @@ async def collect(settings: Settings) -> Dump:
     return dump
 
 
-def violations(dump: Dump, requests: dict[str, Request], *, all_over: bool = True, refilled: bool = False) -> list[str]:
-    """All that is wrong.
+def violations(dump: Dump, requests: dict[str, Request], *, all_over: bool = True, ordered: bool = True) -> list[str]:
+    """All that is wrong. `all_over`: nothing is on its way any more, so every job has to have ended.
 
-    `all_over`: nothing is on its way any more, so every job has to have ended. `refilled`: the log came back empty and
-    was filled from the journal, where older events may stand behind newer ones (docs/decisions/0001).
+    `ordered`: events stand in order on the log too, not in the journal alone; an embedded broker that was replaced may have its refill
+    behind what is newer.
     """
     found = [*_lost(dump, requests), *_twice_by_key(dump, requests), *_phantoms(dump, requests)]
-    found += _sequences({"journal": dump.journal, **({} if refilled else dump.log)})
+    found += _sequences(dump, ordered)
     found += [*_same_as_events(dump), *_one_artifact(dump), *_left_behind(dump)]
+    found += [f"dead letter: {text}" for text in dump.dead]
     if all_over:
-        found += [*_not_over(dump), *_not_as_wanted(dump)]
+        found += [*_not_over(dump), *_not_as_wanted(dump), *_not_routed(dump)]
     return found
 
 
@@ -140,10 +155,11 @@ def _phantoms(dump: Dump, requests: dict[str, Request]) -> Iterator[str]:
             yield f"{envelope.type} {id} of {envelope.subject} follows from no request: {envelope.cause.correlation_id}"
 
 
-def _sequences(histories: dict[str, list[Envelope[Any]]]) -> Iterator[str]:
-    """Contiguous from 1 per aggregate and source: in the journal, and on the log once repeats are dropped."""
+def _sequences(dump: Dump, ordered: bool) -> Iterator[str]:
+    """Contiguous from 1 per aggregate and source: in the journal, and on the log once repeats are dropped (sorted, if not `ordered`)."""
     ids: dict[tuple[str, str, int], str] = {}
-    for name, envelopes in histories.items():
+    logs = dump.log if ordered else {t: sorted(found, key=lambda e: e.sequence) for t, found in dump.log.items()}
+    for name, envelopes in (("journal", dump.journal), *logs.items()):
         last: dict[tuple[str, str], int] = {}
         for envelope in envelopes:
             place = (envelope.subject, envelope.source.value)
@@ -178,6 +194,22 @@ def difference(rebuilt: Document | None, live: Document) -> str:
         return "no events"
     fields = {name for name in {*rebuilt, *live} - BOOKKEEPING if rebuilt.get(name) != live.get(name)}
     return json.dumps({name: [rebuilt.get(name), live.get(name)] for name in sorted(fields)})
+
+
+def _not_routed(dump: Dump) -> Iterator[str]:
+    """The routes are what the deployments make, and the topic holds them."""
+    for id, document in dump.records["deployments"].items():
+        kept = dump.records["routes"].get(id, {"route": None})["route"]
+        made = RouteRecord.of(Deployment.load(document)).document()["route"]
+        if _same_route(kept) != _same_route(made):
+            yield f"route {id} is not what its deployment makes: {kept}, {made}"
+        if dump.routes.get(id) != kept:
+            yield f"route {id} is another one on the topic: {dump.routes.get(id)}, {kept}"
+
+
+def _same_route(route: Document | None) -> Document | None:
+    """Without the revision, which counts changes."""
+    return None if route is None else {name: value for name, value in route.items() if name != "revision"}
 
 
 def _one_artifact(dump: Dump) -> Iterator[str]:
