@@ -1,5 +1,6 @@
 """Reads and writes a log as any Kafka client does, without the studio's own code."""
 
+import asyncio
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -13,13 +14,24 @@ async def read_all(bootstrap: str, topic: str) -> list[Any]:
         bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False, fetch_max_wait_ms=20
     )
     await consumer.start()
-    consumer.assign([TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or {0})])
-    records: list[Any] = []
-    for _ in range(4):
-        for batch in (await consumer.getmany(timeout_ms=500)).values():
-            records += batch
+    partitions = [TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or {0})]
+    consumer.assign(partitions)
+    records: dict[TopicPartition, list[Any]] = {partition: [] for partition in partitions}
+    async with asyncio.timeout(60):
+        while not await _at_end(consumer, partitions):
+            for partition, batch in (await consumer.getmany(timeout_ms=500)).items():
+                records[partition] += batch
     await consumer.stop()
-    return records
+    return [record for partition in partitions for record in records[partition]]
+
+
+async def _at_end(consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> bool:
+    """Whether all was read that there was at the last fetch; the embedded broker's end offsets are not to be trusted."""
+    for partition in partitions:
+        end = consumer.highwater(partition)
+        if end is None or await consumer.position(partition) < end:
+            return False
+    return True
 
 
 async def write(
