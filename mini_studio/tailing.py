@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import orjson
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 
 from events.registry import UndecodableEvent, decode
 from events.topics import Topic
@@ -16,6 +16,7 @@ from mini_studio.settings import Settings
 async def tail(settings: Settings, *, follow: bool, subject: str | None, as_json: bool) -> None:
     """Every event from the beginning of the log, by assignment: nobody's position moves."""
     consumer = AIOKafkaConsumer(
+        *(topic.value for topic in Topic),
         bootstrap_servers=settings.kafka.bootstrap,
         auto_offset_reset="earliest",
         enable_auto_commit=False,
@@ -23,9 +24,6 @@ async def tail(settings: Settings, *, follow: bool, subject: str | None, as_json
     )
     await asyncio.wait_for(consumer.start(), 10)
     try:
-        topics = [topic.value for topic in Topic]
-        partitions = [TopicPartition(t, p) for t in topics for p in sorted(consumer.partitions_for_topic(t) or {0})]
-        consumer.assign(partitions)
         quiet = 0
         while follow or quiet < 2:
             batches = await consumer.getmany(timeout_ms=500)

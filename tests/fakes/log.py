@@ -11,11 +11,14 @@ Headers = list[tuple[str, Any]]
 async def read_all(bootstrap: str, topic: str) -> list[Any]:
     """Every record of a topic, partition by partition; no group, nobody's position moves."""
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False, fetch_max_wait_ms=20
+        topic,
+        bootstrap_servers=bootstrap,
+        auto_offset_reset="earliest",
+        enable_auto_commit=False,
+        fetch_max_wait_ms=20,
     )
     await consumer.start()
-    partitions = [TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or {0})]
-    consumer.assign(partitions)
+    partitions = sorted(consumer.assignment())
     records: dict[TopicPartition, list[Any]] = {partition: [] for partition in partitions}
     async with asyncio.timeout(60):
         while not await _at_end(consumer, partitions):
