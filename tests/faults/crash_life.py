@@ -111,13 +111,20 @@ class World:
             self.trainers.step()
             time.sleep(0.02)
 
-    def documents(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Every record, by collection and id, as any other process would read them."""
+    def dies(self, seconds: float) -> bool:
+        """Whether the life ends within this time."""
+        with contextlib.suppress(TimeoutError):
+            self.wait(lambda: not self.alive, seconds, whatever=True)
+        return not self.alive
+
+    def documents(self, client_code: str) -> dict[str, dict[str, dict[str, Any]]]:
+        """Every record of one client, by collection and id, as any other process would read them."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
         with contextlib.closing(sqlite3.connect(f"file:{self.settings.record_file}?mode=ro", uri=True)) as db:
             db.execute("BEGIN")
             for collection in wiring.COLLECTIONS:
-                rows = db.execute(f"SELECT id, doc FROM {collection.name}").fetchall()  # noqa: S608
+                sql = f"SELECT id, doc FROM {collection.name} WHERE doc ->> '$.client_code' = ?"  # noqa: S608
+                rows = db.execute(sql, (client_code,)).fetchall()
                 found[collection.name] = {id: json.loads(doc) for id, doc in rows}
         return found
 

@@ -66,6 +66,7 @@ class Way:
 @dataclass
 class Verdict:
     way: Way
+    killed: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -86,7 +87,7 @@ def look(name: str) -> list[Way]:
         began = time.monotonic()
         with contextlib.suppress(Died):
             scenario.run(client)
-            settle(where)
+            settle(where, client.code)
         took, then = time.monotonic() - began, BOARD.passed()
         found = [Way(point, name, scenario.before is not None, count, took) for point, count in then.items()]
         return found + [Way(p, name, True, count, took) for p, count in beginning.items() if p not in then]
@@ -103,14 +104,16 @@ def kill_at(chosen: Sequence[Sequence[Way]], *, grouped: bool = False) -> list[V
                 verdicts[code] = Verdict(way)
                 try:
                     kill_once(where, Client(where, code), way)
+                    verdicts[code].killed = True
                 except NotReached:
                     if way is ways[-1]:
                         verdicts[code].problems.append("was not reached")
                     continue
                 except (AssertionError, TimeoutError, Died) as error:
                     verdicts[code].problems.append(
-                        f"{error!r}; {unfinished(where.documents())[:5]}; {said_last(where)}"
+                        f"{error!r}; {unfinished(where.documents(code))[:5]}; {said_last(where)}"
                     )
+                    BOARD.disarm()
                     where.end()
                 break
         where.end()
@@ -132,28 +135,26 @@ def kill_once(where: World, client: Client, way: Way) -> None:
         if not where.alive:
             where.start()
         BOARD.arm(way.point, way.times)
-    try:
+    with contextlib.suppress(Died):
         scenario.run(client)
-        where.wait(lambda: False, DIE_S)
-    except Died:
-        pass
-    except TimeoutError:
-        raise NotReached from None
-    finally:
-        BOARD.disarm()
+        if not where.dies(DIE_S):
+            BOARD.disarm()
+            raise NotReached
+    BOARD.disarm()
     if not where.was_killed:
+        assert where.ended == 0, f"the life broke: {where.ended}"
         raise NotReached
     where.start()
     with contextlib.suppress(Died):  # one scenario has the life end
         scenario.run(client)
     if not where.alive:
         where.start()
-    settle(where)
+    settle(where, client.code)
 
 
-def settle(where: World) -> None:
-    """Until nothing is on its way any more."""
-    where.wait(lambda: not unfinished(where.documents()), SETTLE_S)
+def settle(where: World, code: str) -> None:
+    """Until nothing of the client is on its way any more."""
+    where.wait(lambda: not unfinished(where.documents(code)), SETTLE_S)
 
 
 async def violations(where: World) -> list[tuple[str, str]]:
@@ -249,7 +250,7 @@ def main() -> int:
         killed = 0
         for done, part in enumerate(running, 1):
             for verdict in part.get():
-                killed += "was not reached" not in verdict.problems
+                killed += verdict.killed
                 bad += len(verdict.problems)
                 for problem in verdict.problems:
                     print(f"{verdict.way}: {problem}", flush=True)

@@ -77,7 +77,7 @@ class Client:
             return str(answer["job"]["id"])
         named = answer["deployment"]
         name = named if isinstance(named, str) else named["name"]
-        found = self.world.documents()["deployments"]
+        found = self.world.documents(self.code)["deployments"]
         return next(id for id, deployment in found.items() if deployment["name"] == name)
 
     # --- what clients ask for
@@ -112,8 +112,7 @@ class Client:
     # --- what goes on elsewhere
 
     def mine(self, collection: str) -> list[dict[str, Any]]:
-        found = self.world.documents()[collection].values()
-        return [document for document in found if document["client_code"] == self.code]
+        return list(self.world.documents(self.code)[collection].values())
 
     def going(self) -> bool:
         """Whether something of it is being removed, or was."""
