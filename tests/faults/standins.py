@@ -7,6 +7,7 @@ whether the studio lives or not; what a training comes to is told by its seed.
 import asyncio
 import hashlib
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from enum import IntEnum
@@ -140,7 +141,7 @@ class FileCluster:
 
 def write(file: Path, run: dict[str, Any]) -> None:
     """Whole or not at all; not through to the disk, because nobody pulls a plug here."""
-    new = file.with_suffix(".new")
+    new = file.with_suffix(f".{os.getpid()}")  # the cluster and its trainers write at the same time
     new.write_text(json.dumps({**run, "at": time.time()}))
     new.replace(file)
 
