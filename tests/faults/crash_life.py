@@ -67,6 +67,7 @@ class World:
     def start(self) -> None:
         """A new life; returns as soon as its API answers, or when it died before."""
         assert self._life is None
+        self.log.unlink(missing_ok=True)
         self._life = os.fork()
         if self._life == 0:
             _live(self)
@@ -90,6 +91,10 @@ class World:
     def was_killed(self) -> bool:
         """Whether the last life ended as an armed point ends it."""
         return self.ended is not None and os.WIFSIGNALED(self.ended) and os.WTERMSIG(self.ended) == signal.SIGKILL
+
+    def said(self) -> str:
+        """What the life logged, warnings and worse."""
+        return self.log.read_text(errors="replace")
 
     def signal(self, signum: int) -> None:
         if self.alive and self._life is not None:

@@ -111,7 +111,7 @@ def kill_at(chosen: Sequence[Sequence[Way]], *, grouped: bool = False) -> list[V
                     continue
                 except (AssertionError, TimeoutError, Died) as error:
                     verdicts[code].problems.append(
-                        f"{error!r}; {unfinished(where.documents(code))[:5]}; {said_last(where)}"
+                        f"{error!r}; {unfinished(where.documents(code))[:5]}; {where.said()[-1000:]}"
                     )
                     BOARD.disarm()
                     where.end()
@@ -189,10 +189,6 @@ async def lost_poison(where: World) -> list[str]:
     return found
 
 
-def said_last(where: World) -> list[str]:
-    return [line[:400] for line in where.log.read_text(errors="replace").splitlines()[-3:]]
-
-
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix="crash-"))
@@ -226,7 +222,7 @@ def plan(ways: list[Way]) -> list[list[Way]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only points whose name contains this")
+    parser.add_argument("--only", default="", help="only points whose name, or `(scenario`, contains this")
     only, began = parser.parse_args().only, time.monotonic()
     bad = 0
     with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
@@ -242,7 +238,7 @@ def main() -> int:
             f"{len(points())} points, {len(passed)} passed by {len(SCENARIOS)} scenarios, {time.monotonic() - began:.0f} s",
             flush=True,
         )
-        todo = [one for one in plan(ways) if only in one[0].point]
+        todo = [one for one in plan(ways) if only in str(one[0])]
         grouped = [[next(one for one in todo if start in one[0].point)] for start in GROUPED if not only]
         parts = [todo[at : at + TOGETHER] for at in range(0, len(todo), TOGETHER)]
         running = [pool.apply_async(partial(kill_at, grouped=True), (part,)) for part in grouped]

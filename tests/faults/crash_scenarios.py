@@ -180,7 +180,7 @@ def _is_of(record: Any, code: str) -> bool:
 async def _again(bootstrap: str, topics: tuple[Topic, ...], code: str) -> None:
     for topic in topics:
         for record in await read(bootstrap, topic):
-            if _is_of(record, code) and record.value:
+            if ("ce_clientcode", code.encode()) in record.headers:
                 await write(bootstrap, topic, [(record.value, list(record.headers))], key=record.key)
 
 
@@ -341,8 +341,10 @@ def stop(client: Client) -> None:
 
 
 def start(client: Client) -> None:
-    client.pause(0.3)
-    client.world.outages.end("consumers")
+    """The broker comes back after the consumers could not begin."""
+    if client.world.outages.on("consumers"):
+        client.until(lambda: "consumer.waiting_for_broker" in client.world.said())
+        client.world.outages.end("consumers")
     client.upload()
 
 

@@ -69,6 +69,9 @@ class Outages:
     def end(self, part: str) -> None:
         (self._folder / part).unlink(missing_ok=True)
 
+    def on(self, part: str) -> bool:
+        return (self._folder / part).exists()
+
     def raise_for(self, part: str) -> None:
         try:
             kind = (self._folder / part).read_text()
