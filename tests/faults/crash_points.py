@@ -74,8 +74,8 @@ class NotReached(Exception):
     """The life went on: the scenario does not pass the point this way."""
 
 
-def look(name: str) -> list[Way]:
-    """One scenario, undisturbed: what it passes."""
+def look(name: str) -> tuple[list[Way], str | None]:
+    """One scenario, undisturbed: what it passes, and what went wrong even so."""
     BOARD.renew()
     with folder() as made, world(made) as where:
         client, scenario = Client(where, "look"), SCENARIOS[name]
@@ -85,12 +85,18 @@ def look(name: str) -> list[Way]:
         where.start()
         beginning = {} if scenario.before else BOARD.passed()
         began = time.monotonic()
-        with contextlib.suppress(Died):
+        problem = None
+        try:
             scenario.run(client)
             settle(where, client.code)
+        except Died:  # one scenario has the life end
+            pass
+        except (AssertionError, TimeoutError) as error:
+            problem = f"{name}: {error!r}; {unfinished(where.documents(client.code))[:5]}"
         took, then = time.monotonic() - began, BOARD.passed()
         found = [Way(point, name, scenario.before is not None, count, took) for point, count in then.items()]
-        return found + [Way(p, name, True, count, took) for p, count in beginning.items() if p not in then]
+        found += [Way(point, name, True, count, took) for point, count in beginning.items() if point not in then]
+        return found, problem
 
 
 def kill_at(chosen: Sequence[Sequence[Way]], *, grouped: bool = False) -> list[Verdict]:
@@ -226,7 +232,12 @@ def main() -> int:
     only, began = parser.parse_args().only, time.monotonic()
     bad = 0
     with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
-        ways = [way for found in pool.imap_unordered(look, SCENARIOS) for way in found]
+        ways: list[Way] = []
+        for found, problem in pool.imap_unordered(look, SCENARIOS):
+            ways += found
+            if problem:
+                bad += 1
+                print(problem, flush=True)
         passed = {way.point for way in ways}
         for point in points():
             if (point in passed) == (point.rpartition(":")[0] in UNREACHED):
