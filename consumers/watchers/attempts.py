@@ -24,6 +24,9 @@ from workloads.specs import (
     attempt_dir,
 )
 
+ABSENT = (FileNotFoundError, NotADirectoryError)
+"""A file is not there; the second, where the attempt's folder could never be made."""
+
 
 def job_folder(run: TrainingRun, settings: Settings) -> Path:
     """`<models root>/<client>/<job id>`; both parts have patterns without separators."""
@@ -74,7 +77,7 @@ def prepare(spec: TrainSpec) -> Path:
 def void(job_dir: Path, token: str) -> None:
     """Take the token away, if the job still has it: whoever trains under it stops by itself."""
     file = job_dir / CURRENT_ATTEMPT
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(*ABSENT):
         if file.read_text() == token:
             file.unlink()
 
@@ -85,7 +88,7 @@ def read_progress(attempt: Path, offset: int) -> tuple[list[Progress], int]:
         with (attempt / PROGRESS).open("rb") as file:
             file.seek(offset)
             new = file.read()
-    except FileNotFoundError:
+    except ABSENT:
         return [], offset
     whole = new[: new.rfind(b"\n") + 1]
     lines = []
@@ -99,7 +102,7 @@ def last_sign_of_life(attempt: Path) -> float:
     """Unix seconds of the newest heartbeat or progress; 0.0 when there was none."""
     newest = 0.0
     for name in (HEARTBEAT, PROGRESS):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*ABSENT):
             newest = max(newest, (attempt / name).stat().st_mtime)
     return newest
 
@@ -107,7 +110,7 @@ def last_sign_of_life(attempt: Path) -> float:
 def manifest(attempt: Path) -> Manifest | None:
     try:
         return Manifest.model_validate_json((attempt / MANIFEST).read_bytes())
-    except (FileNotFoundError, ValidationError):
+    except (*ABSENT, ValidationError):
         return None
 
 

@@ -1,0 +1,270 @@
+"""Kill -9 before and after every await of handlers, relay, consumers and reconcilers: `python -m tests.faults.crash_points`.
+
+First every scenario is done once, to see which points it passes. Then, for each point, a life is killed there, another one begins, the
+client repeats what was not answered, everything comes to its end, and tests/faults/checker.py looks for what was lost or done twice.
+Some points share a data folder and a broker, one after another; each has a client of its own, so a violation names its point.
+
+The full form (`MINI_STUDIO_TEST_LENGTH=full`) also kills at the second time that a point is passed, and in the whole scenario.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from events.topics import dead_letter_topic
+from tests.faults.board import BOARD
+from tests.faults.checker import collect
+from tests.faults.checker import violations as checked
+from tests.faults.crash_life import Died, World, unfinished, world
+from tests.faults.crash_scenarios import SCENARIOS, Client, read
+from tests.faults.failpoints import points
+from tests.faults.history import read as read_history
+from tests.faults.length import length
+from tests.faults.standins import starts
+
+UNREACHED = {
+    "mini_studio.records.projection:Projections._begin#3": "another process inserts the record between a look and an insert",
+}
+"""Awaits that no scenario passes, with what would have to happen."""
+WORKERS = 3
+"""They wait more than they work."""
+TOGETHER = 16
+"""Points that share a data folder."""
+TRIES = 4
+"""Ways to reach a point that are tried: which one passes it is a matter of timing for a few."""
+SETTLE_S, DIE_S = 40.0, 3.0
+GROUPED = ("consumers.jobs:", "consumers.training:", "mini_studio.bus.relay:Relay.sweep#3")
+"""One point of each of these is also checked with consumers that join their groups."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A point in a scenario: there, or while the life before it begins."""
+
+    point: str
+    scenario: str
+    at_birth: bool
+    passed: int
+    """How often."""
+    seconds: float
+    times: int = 1
+    """Which of the times that it is passed is the last."""
+
+    def __str__(self) -> str:
+        return f"{self.point} ({self.scenario}{', at birth' * self.at_birth}, {self.times})"
+
+
+@dataclass
+class Verdict:
+    way: Way
+    killed: bool = False
+    problems: list[str] = field(default_factory=list)
+
+
+class NotReached(Exception):
+    """The life went on: the scenario does not pass the point this way."""
+
+
+def look(name: str) -> tuple[list[Way], str | None]:
+    """One scenario, undisturbed: what it passes, and what went wrong even so."""
+    BOARD.renew()
+    with folder() as made, world(made) as where:
+        client, scenario = Client(where, "look"), SCENARIOS[name]
+        if scenario.before:
+            scenario.before(client)
+            BOARD.passed()
+        where.start()
+        beginning = {} if scenario.before else BOARD.passed()
+        began = time.monotonic()
+        problem = None
+        try:
+            scenario.run(client)
+            settle(where, client.code)
+        except Died:  # one scenario has the life end
+            pass
+        except (AssertionError, TimeoutError) as error:
+            problem = f"{name}: {error!r}; {unfinished(where.documents(client.code))[:5]}"
+        took, then = time.monotonic() - began, BOARD.passed()
+        found = [Way(point, name, scenario.before is not None, count, took) for point, count in then.items()]
+        found += [Way(point, name, True, count, took) for point, count in beginning.items() if point not in then]
+        return found, problem
+
+
+def kill_at(chosen: Sequence[Sequence[Way]], *, grouped: bool = False) -> list[Verdict]:
+    """A few points, one after another, in one data folder; each in the first of its ways that passes it."""
+    BOARD.renew()
+    with folder() as made, world(made, grouped=grouped) as where:
+        verdicts: dict[str, Verdict] = {}
+        for number, ways in enumerate(chosen):
+            for attempt, way in enumerate(ways):
+                code = f"p{number}-{attempt}"
+                verdicts[code] = Verdict(way)
+                try:
+                    kill_once(where, Client(where, code), way)
+                    verdicts[code].killed = True
+                except NotReached:
+                    if way is ways[-1]:
+                        verdicts[code].problems.append("was not reached")
+                    continue
+                except (AssertionError, TimeoutError, Died) as error:
+                    verdicts[code].problems.append(
+                        f"{error!r}; {unfinished(where.documents(code))[:5]}; {where.said()[-1000:]}"
+                    )
+                    BOARD.disarm()
+                    where.end()
+                break
+        where.end()
+        for code, problem in where.apart(lambda: asyncio.run(violations(where))):
+            (verdicts.get(code) or next(iter(verdicts.values()))).problems.append(problem)
+        return list(verdicts.values())
+
+
+def kill_once(where: World, client: Client, way: Way) -> None:
+    """One life that ends at the point, and one that has to make good for it."""
+    scenario = SCENARIOS[way.scenario]
+    if way.at_birth:
+        where.end()
+        if scenario.before:
+            scenario.before(client)
+        BOARD.arm(way.point, way.times)
+        where.start()
+    else:
+        if not where.alive:
+            where.start()
+        BOARD.arm(way.point, way.times)
+    with contextlib.suppress(Died):
+        scenario.run(client)
+        if not where.dies(DIE_S):
+            BOARD.disarm()
+            raise NotReached
+    BOARD.disarm()
+    if not where.was_killed:
+        assert where.ended == 0, f"the life broke: {where.ended}"
+        raise NotReached
+    where.start()
+    with contextlib.suppress(Died):  # one scenario has the life end
+        scenario.run(client)
+    if not where.alive:
+        where.start()
+    settle(where, client.code)
+
+
+def settle(where: World, code: str) -> None:
+    """Until nothing of the client is on its way any more."""
+    where.wait(lambda: not unfinished(where.documents(code)), SETTLE_S)
+
+
+async def violations(where: World) -> list[tuple[str, str]]:
+    """What must hold and does not, each with the code of the client whose point it was."""
+    dump = await collect(where.settings)
+    if len(dump.not_events) == len(where.poisons):
+        dump.not_events = []
+    found = checked(dump, read_history(where.history_file))
+    found += [*submitted_twice(where), *await lost_poison(where)]
+    owners = {envelope.subject: envelope.client_code for envelope in dump.journal}
+    return [(next((code for subject, code in owners.items() if subject in text), ""), text) for text in found]
+
+
+def submitted_twice(where: World) -> Iterator[str]:
+    """Every attempt was one training."""
+    seen: set[tuple[str, str]] = set()
+    for start in starts(where.data):
+        attempt = (start["job_id"], start["attempt"])
+        if attempt in seen:
+            yield f"attempt {attempt[1]} of {attempt[0]} was started twice"
+        seen.add(attempt)
+
+
+async def lost_poison(where: World) -> list[str]:
+    """What is no event is among the dead letters of everyone who reads its topic, byte for byte."""
+    found = []
+    pairs = {(poisoned, reader) for poisoned, _ in where.poisons for reader in where.readers(poisoned)}
+    for topic, consumer in sorted(pairs):
+        dead = [r.value for r in await read(where.settings.kafka.bootstrap, dead_letter_topic(topic, consumer))]
+        missing = {value for on, value in where.poisons if on == topic} - set(dead)
+        found += [f"{value!r} is not among the dead letters of {consumer}" for value in missing]
+    return found
+
+
+@contextlib.contextmanager
+def folder() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="crash-"))
+    try:
+        yield made / "world"
+    finally:
+        shutil.rmtree(made)
+
+
+def in_order(ways: list[Way]) -> list[Way]:
+    """The quickest first; among the next ones, those in which the life begins with the point armed."""
+    first = min(ways, key=lambda way: (way.at_birth, way.seconds))
+    born = replace(first, at_birth=True)
+    rest = sorted((way for way in ways if way is not first), key=lambda way: (not way.at_birth, way.seconds))
+    return list(dict.fromkeys([first, born, *rest]))[:TRIES]
+
+
+def plan(ways: list[Way]) -> list[list[Way]]:
+    """For each thing to be checked, the ways to do it."""
+    by_point: dict[str, list[Way]] = {}
+    for way in ways:
+        by_point.setdefault(way.point, []).append(way)
+    todo = [in_order(all) for all in by_point.values()]
+    if length(short=0, full=1):
+        for all in by_point.values():
+            often = sorted((way for way in all if way.passed > 2), key=lambda way: way.seconds)
+            todo += [[replace(way, times=2) for way in often[:TRIES]]] if often else []
+            todo += [[way] for way in all if way.scenario == "whole"]
+    return sorted(todo, key=lambda ways: (ways[0].at_birth, ways[0].scenario))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="only points whose name, or `(scenario`, contains this")
+    only, began = parser.parse_args().only, time.monotonic()
+    bad = 0
+    with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
+        ways: list[Way] = []
+        for found, problem in pool.imap_unordered(look, SCENARIOS):
+            ways += found
+            if problem:
+                bad += 1
+                print(problem, flush=True)
+        passed = {way.point for way in ways}
+        for point in points():
+            if (point in passed) == (point.rpartition(":")[0] in UNREACHED):
+                bad += 1
+                print(
+                    f"{point}: {'is passed, and UNREACHED says that it is not' if point in passed else 'no scenario passes it'}"
+                )
+        print(
+            f"{len(points())} points, {len(passed)} passed by {len(SCENARIOS)} scenarios, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
+        todo = [one for one in plan(ways) if only in str(one[0])]
+        grouped = [[next(one for one in todo if start in one[0].point)] for start in GROUPED if not only]
+        parts = [todo[at : at + TOGETHER] for at in range(0, len(todo), TOGETHER)]
+        running = [pool.apply_async(partial(kill_at, grouped=True), (part,)) for part in grouped]
+        running += [pool.apply_async(kill_at, (part,)) for part in parts]
+        killed = 0
+        for done, part in enumerate(running, 1):
+            for verdict in part.get():
+                killed += verdict.killed
+                bad += len(verdict.problems)
+                for problem in verdict.problems:
+                    print(f"{verdict.way}: {problem}", flush=True)
+            print(f"{done} of {len(running)} parts, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"killed {killed} lives in {time.monotonic() - began:.0f} s; {bad} problems")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,440 @@
+"""What a client does while lives end under it, in parts small enough to be done once for every point.
+
+A scenario is done, cut off by a kill, and done again in the next life: what was answered is not asked again, what was not is, under the
+same Idempotency-Key. So each is written such that its beginning can be repeated.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from events.topics import Topic, dead_letter_topic
+from events.types import derived_id
+from tests.fakes.log import write
+from tests.faults.crash_life import Died, World
+from tests.faults.history import Request
+from tests.faults.standins import Seed
+
+ROWS = [{"prompt": f"the {number}th ", "completion": "answer"} for number in range(4)]
+MANY_ROWS = [{"prompt": "long " * 200, "completion": str(number)} for number in range(1100)]
+MODEL = "tiny-llama"
+
+
+def lines(rows: list[Any]) -> dict[str, Any]:
+    return {"file": ("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())}
+
+
+@dataclass
+class Client:
+    """One client, with a code of its own, and what it was answered."""
+
+    world: World
+    code: str
+    answers: dict[str, httpx.Response] = field(default_factory=dict)
+    tries: int = 0
+
+    def ask(
+        self,
+        step: str,
+        kind: str,
+        method: str,
+        path: str,
+        key: str | None = None,
+        allowed: Sequence[int] = (),
+        **options: Any,
+    ) -> Any:
+        """The answer's body, from now or from before. Raises `Died` when none comes."""
+        if step not in self.answers:
+            self.tries += 1
+            request = Request(
+                f"{self.code}.{step.replace(' ', '-')}.{self.tries}", kind, self.code, key and f"{self.code}.{key}"
+            )
+            self.world.history.asked(request)
+            headers = {"X-Request-ID": request.request_id, "X-User-ID": self.code} | options.pop("headers", {})
+            headers |= {"Idempotency-Key": request.key} if request.key else {}
+            response = self.call(method, path, headers=headers, **options)
+            request.status = response.status_code
+            if request.acknowledged:
+                request.subject = self.subject(response.json())
+            self.world.history.answered(request)
+            fine = request.acknowledged if not allowed else response.status_code in allowed
+            assert fine, f"{step} was answered {response.status_code}: {response.text}"
+            self.answers[step] = response
+        return self.answers[step].json()
+
+    def call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            return self.world.client.request(method, path, **options)
+        except httpx.TransportError as error:
+            self.world.wait(lambda: False, 5)  # the life is over, or nobody knows what this is
+            raise AssertionError from error
+
+    def subject(self, answer: dict[str, Any]) -> str:
+        if "dataset_id" in answer:
+            return str(answer["dataset_id"])
+        if "job" in answer:
+            return str(answer["job"]["id"])
+        named = answer["deployment"]
+        name = named if isinstance(named, str) else named["name"]
+        found = self.world.documents(self.code)["deployments"]
+        return next(id for id, deployment in found.items() if deployment["name"] == name)
+
+    # --- what clients ask for
+
+    def upload(self, step: str = "upload", rows: list[Any] = ROWS, **options: Any) -> Any:
+        path = f"/fine_tuning/upload-dataset/{self.code}"
+        return self.ask(step, "upload", "POST", path, **{"key": step, **options}, files=lines(rows))
+
+    def submit(
+        self, step: str = "submit", seed: Seed = Seed.SUCCEEDS, dataset: str = "dataset_id", **options: Any
+    ) -> Any:
+        body = {"model": MODEL, "client_code": self.code, "dataset_filename": self.upload()[dataset], "seed": seed}
+        return self.ask(step, "submit", "POST", "/fine_tuning/submit-finetune", **{"key": step, **options}, json=body)
+
+    def deploy(self, step: str = "deploy", model: str = "base", **options: Any) -> Any:
+        scale = options.pop("scale", 1)
+        body = {"client_code": self.code, "model_id": model, "max_replicas": scale}
+        return self.ask(step, "deploy", "POST", "/inference/deploy/base", **{"key": step, **options}, json=body)
+
+    def tuned(self, step: str, path: str, **options: Any) -> Any:
+        body = {"client_code": self.code, "base_model": MODEL, "fine_tuned_weights_path": path}
+        return self.ask(step, "deploy", "POST", "/inference/deploy/fine_tuned", **options, json=body)
+
+    def remove(self, step: str, name: str) -> Any:
+        return self.ask(step, "remove", "DELETE", f"/inference/deployments/{name}")
+
+    def get(self, path: str, status: int = 200) -> Any:
+        response = self.call("GET", path, headers={"X-User-ID": self.code})
+        assert response.status_code == status, f"{path} was answered {response.status_code}: {response.text}"
+        return response.json()
+
+    # --- what goes on elsewhere
+
+    def mine(self, collection: str) -> list[dict[str, Any]]:
+        return list(self.world.documents(self.code)[collection].values())
+
+    def going(self) -> bool:
+        """Whether something of it is being removed, or was."""
+        return any(deployment["status"] in ("removing", "removed") for deployment in self.mine("deployments"))
+
+    def infer(self, model: str) -> httpx.Response:
+        return self.call("POST", f"/inference/infer/{model}", json={}, headers={"X-User-ID": self.code})
+
+    def until(self, condition: Callable[[], Any], seconds: float = 30) -> None:
+        self.world.wait(condition, seconds)
+
+    def pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() > deadline)
+
+    def poison(self, topic: Topic, value: bytes) -> None:
+        self.world.poisons.append((topic.value, value))
+        headers = [("ce_type", b"nonsense.v1"), ("broken", b"\xff\xfe"), ("ce_subject", self.code.encode())]
+        bootstrap = self.world.settings.kafka.bootstrap
+        self.world.apart(lambda: asyncio.run(write(bootstrap, topic, [(value, headers)], key=self.code.encode())))
+
+    def again(self, *topics: Topic) -> None:
+        """Put every event of this client on the log a second time, as a relay does that died before it could settle them."""
+        self.world.apart(lambda: asyncio.run(_again(self.world.settings.kafka.bootstrap, topics, self.code)))
+
+    def publish(self, subject: str) -> None:
+        """Put what the journal has of the aggregate on the log."""
+        bootstrap = self.world.settings.kafka.bootstrap
+        for entry in self.world.journalled(subject):
+            headers = [(name, text.encode()) for name, text in entry["headers"].items()]
+            value, topic = entry["value"].encode(), entry["topic"]
+            self.world.apart(lambda: asyncio.run(write(bootstrap, topic, [(value, headers)], key=subject.encode())))  # noqa: B023
+
+    def buried(self, topic: Topic, consumer: str) -> bool:
+        """Whether something of this client is among the consumer's dead letters."""
+        dead, bootstrap = dead_letter_topic(topic, consumer), self.world.settings.kafka.bootstrap
+        found = self.world.apart(lambda: asyncio.run(_count(bootstrap, dead, self.code)))
+        return bool(found)
+
+
+async def read(bootstrap: str, topic: str) -> list[Any]:
+    """Every record of a topic of one partition, up to its end."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, auto_offset_reset="earliest", fetch_max_wait_ms=20)
+    await consumer.start()
+    partition = TopicPartition(topic, 0)
+    consumer.assign([partition])
+    found: list[Any] = []
+    while consumer.highwater(partition) is None or await consumer.position(partition) < consumer.highwater(partition):
+        found += (await consumer.getmany(timeout_ms=100)).get(partition, [])
+    await consumer.stop()
+    return found
+
+
+def _is_of(record: Any, code: str) -> bool:
+    return ("ce_clientcode", code.encode()) in record.headers or (record.key or b"") == code.encode()
+
+
+async def _again(bootstrap: str, topics: tuple[Topic, ...], code: str) -> None:
+    for topic in topics:
+        for record in await read(bootstrap, topic):
+            if ("ce_clientcode", code.encode()) in record.headers:
+                await write(bootstrap, topic, [(record.value, list(record.headers))], key=record.key)
+
+
+async def _count(bootstrap: str, topic: str, code: str) -> int:
+    return sum(_is_of(record, code) for record in await read(bootstrap, topic))
+
+
+# --- the scenarios
+
+
+def upload(client: Client) -> None:
+    """Large and small, twice under one key, one that is wrong, one under a key that stands for another."""
+    client.upload("large", MANY_ROWS)
+    client.upload("large again", MANY_ROWS, key="large")
+    client.upload("wrong", [{"prompt": 1}], allowed=[422])
+    client.upload("key of another", ROWS, key="large", allowed=[422])
+    half = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n' + lines(MANY_ROWS)["file"][1]
+    form = {"content": half, "headers": {"Content-Type": "multipart/form-data; boundary=b"}}
+    client.ask("cut off", "upload", "POST", f"/fine_tuning/upload-dataset/{client.code}", allowed=[400], **form)
+
+
+def submit(client: Client) -> None:
+    """By id twice under one key, by path, as a form."""
+    client.submit()
+    client.submit("submit again", key="submit")
+    client.submit("by path", dataset="dataset_dfs")
+    form = {"model": MODEL, "client_code": client.code}
+    client.ask("form", "submit", "POST", "/fine_tuning/submit-finetune", key="form", data=form, files=lines(ROWS))
+
+
+def look(client: Client) -> None:
+    """Everything there is to GET."""
+    client.submit("first")
+    job = client.submit("second")["job"]["id"]
+    client.get(f"/fine_tuning/jobs/{job}")
+    client.get(f"/fine_tuning/jobs/client/{client.code}?limit=1&after={job}")
+    client.get("/fine_tuning/cluster-status")
+    client.get("/health")
+    name = client.deploy()["deployment"]
+    client.get(f"/inference/deployments/{name}")
+    client.get(f"/inference/deployments?client_code={client.code}&limit=1")
+
+
+def train(*seeds: Seed) -> Callable[["Client"], None]:
+    def run(client: Client) -> None:
+        for seed in seeds:
+            client.submit(seed.name, seed)
+        client.until(lambda: all(job["status"] in ("succeeded", "failed") for job in client.mine("jobs")))
+
+    return run
+
+
+def no_room(client: Client) -> None:
+    """The job's folder cannot be made: a file is in its place."""
+    client.upload()
+    folder = client.world.settings.models / client.code / derived_id("job", client.code, f"{client.code}.submit")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    client.submit()
+    client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["failed"])
+
+
+def in_the_way(client: Client) -> None:
+    """The artifact is chosen and cannot be put in its place for a moment."""
+    client.upload()
+    job = client.world.settings.models / client.code / derived_id("job", client.code, f"{client.code}.submit")
+    if "submit" not in client.answers:
+        (job / "model").mkdir(parents=True, exist_ok=True)
+    client.submit()
+    client.until(lambda: [run["phase"] for run in client.mine("training_runs")] in (["committed"], ["succeeded"]))
+    client.pause(0.2)
+    if (job / "model").is_dir() and not (job / "model").is_symlink():
+        (job / "model").rmdir()
+    client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["succeeded"])
+
+
+def deploy(client: Client) -> None:
+    """Twice under one key, then another scale; asked as soon as it is ready; and removed."""
+    name = client.deploy()["deployment"]
+    client.deploy("deploy again", key="deploy")
+    client.deploy("same", key=None)
+    client.until(lambda: client.going() or client.infer("base").is_success)
+    client.deploy("rescale", scale=2)
+    client.until(lambda: client.going() or [d["status"] for d in client.mine("deployments")] == ["ready"])
+    if not client.going():
+        client.remove("remove", name)
+
+
+def tuned(client: Client) -> None:
+    """Weights that a job made, and some that were put there by hand."""
+    folder = client.world.settings.models / client.code / "by-hand" / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.bin").write_bytes(b"weights")
+    client.tuned("by hand", str(folder), key="by hand")
+    client.until(lambda: "ready" in [d["status"] for d in client.mine("deployments")])
+
+
+def troubled(client: Client) -> None:
+    """One that the driver refuses, one that never starts, and one that stops answering, fails and comes back."""
+    client.deploy("refused", "refused-model", allowed=[500])
+    client.deploy("slow", "slow", allowed=[200, 500])  # it may have failed by the time that it is asked for again
+    name = client.deploy()["deployment"]
+    folder = client.world.data / "serving" / name
+    for state, status in (("failed", "failed"), ("ready", "ready"), ("starting", "failed"), ("ready", "ready")):
+        (folder / "state").write_text(state)
+        client.until(
+            lambda status=status: status in [d["status"] for d in client.mine("deployments") if d["name"] == name]
+        )
+
+
+def poison(client: Client) -> None:
+    """What is no event, on every topic, between events that are; the dead letters cannot be written for a moment."""
+    for topic in Topic:
+        client.poison(topic, b"{not json")
+    client.upload()
+
+
+def no_dead_letters(client: Client) -> None:
+    client.world.outages.begin("dead-letters", "away")
+    client.poison(Topic.DATASETS, b"\xff")
+    client.pause(0.3)
+    client.world.outages.end("dead-letters")
+    client.until(lambda: client.buried(Topic.DATASETS, "datasets"))
+
+
+def trouble(part: str, kind: str, *, buries: bool) -> Callable[["Client"], None]:
+    """A store is out of order when an upload is profiled. A buried event is put back once the cause is gone."""
+
+    def run(client: Client) -> None:
+        client.world.outages.begin(part, kind)
+        client.upload()
+        if buries:
+            client.until(lambda: client.mine("dataset_profiles") or client.buried(Topic.DATASETS, "datasets"))
+        else:
+            client.pause(0.3)
+        client.world.outages.end(part)
+        if buries:
+            client.again(Topic.DATASETS)
+        client.until(lambda: client.mine("dataset_profiles"))
+
+    return run
+
+
+def surprise(client: Client) -> None:
+    """A handler runs into what nobody expected."""
+    client.world.outages.begin("cluster", "broken")
+    client.get("/fine_tuning/cluster-status", 500)
+    client.world.outages.end("cluster")
+
+
+def stop(client: Client) -> None:
+    """The life is asked to stop."""
+    client.upload()
+    client.pause(1.2)
+    client.world.signal(signal.SIGTERM)
+    client.until(lambda: not client.world.alive, 20)
+    raise Died
+
+
+def start(client: Client) -> None:
+    """The broker comes back after the consumers could not begin."""
+    if client.world.outages.on("consumers"):
+        client.until(lambda: "consumer.waiting_for_broker" in client.world.said())
+        client.world.outages.end("consumers")
+    client.upload()
+
+
+def away(client: Client) -> None:
+    client.world.outages.begin("consumers", "away")
+
+
+def orphan(client: Client) -> None:
+    """Bytes whose record was never written, in both stores."""
+    for store in (client.world.settings.dfs, client.world.data / "s3"):
+        file = store / "datasets" / f"{derived_id('ds', client.code)}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"{}\n")
+        os.utime(file, (0, 0))
+
+
+def swept(client: Client) -> None:
+    id = derived_id("ds", client.code)
+    client.until(lambda: not any(id in file.name for file in client.world.data.rglob("ds_*.jsonl")))
+
+
+def dropped(client: Client) -> None:
+    """A job's record is gone in mid-training: what comes next of it finds the journal only."""
+    client.world.start()
+    job = client.submit("hangs", Seed.HANGS)["job"]["id"]
+    client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["running"])
+    client.pause(0.1)  # until that is acknowledged
+    client.world.end()
+    client.world.forget("jobs", job)
+
+
+def rebuilt(client: Client) -> None:
+    client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["succeeded"])
+
+
+def doubled(client: Client) -> None:
+    """A request is on the log twice, as two relays publish it, and its record is to be rebuilt from there."""
+    client.world.start()
+    client.world.outages.begin("publisher", "away")
+    job = client.submit()["job"]["id"]
+    client.until(lambda: client.world.journalled(job))
+    client.world.end()
+    client.world.outages.end("publisher")
+    for _ in range(2):
+        client.publish(job)
+    client.world.forget("jobs", job)
+
+
+def whole(client: Client) -> None:
+    """All that a client does of its own accord, and then every event of it once more."""
+    for part in (upload, submit, train(Seed.FAILS, Seed.IS_FORGOTTEN), deploy, tuned, poison):
+        part(client)
+    client.until(lambda: all(job["status"] in ("succeeded", "failed") for job in client.mine("jobs")))
+    client.again(*Topic)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way to use a studio."""
+
+    run: Callable[[Client], None]
+    before: Callable[[Client], None] | None = None
+    """What is made of the world while nothing lives in it; the life begins after that."""
+
+
+SCENARIOS = {
+    "upload": Scenario(upload),
+    "submit": Scenario(submit),
+    "look": Scenario(look),
+    "train": Scenario(train(Seed.SUCCEEDS)),
+    "fail": Scenario(train(Seed.FAILS, Seed.IS_STOPPED, Seed.IS_REFUSED)),
+    "lose": Scenario(train(Seed.IS_FORGOTTEN, Seed.IS_KILLED)),
+    "stopped": Scenario(train(Seed.IS_STOPPED_OUTSIDE, Seed.HANGS)),
+    "end badly": Scenario(train(Seed.BREAKS, Seed.LEAVES_NOTHING)),
+    "no room": Scenario(no_room),
+    "in the way": Scenario(in_the_way),
+    "deploy": Scenario(deploy),
+    "tuned": Scenario(tuned),
+    "troubled": Scenario(troubled),
+    "poison": Scenario(poison),
+    "no dead letters": Scenario(no_dead_letters),
+    "store away": Scenario(trouble("s3", "away", buries=False)),
+    "store wrong": Scenario(trouble("s3", "wrong", buries=True)),
+    "store broken": Scenario(trouble("s3", "broken", buries=True)),
+    "broker away": Scenario(trouble("publisher", "away", buries=False)),
+    "surprise": Scenario(surprise),
+    "start": Scenario(start, away),
+    "sweep": Scenario(swept, orphan),
+    "dropped": Scenario(rebuilt, dropped),
+    "doubled": Scenario(rebuilt, doubled),
+    "stop": Scenario(stop),
+    "whole": Scenario(whole),
+}
