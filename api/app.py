@@ -17,7 +17,7 @@ from api.deps import Feed, Routes, TheStudio
 from api.requests import RequestContext
 from mini_studio.bus.routes import RouteFeed, RouteTable
 from mini_studio.settings import Settings
-from mini_studio.wiring import DECIDED_BY, open_studio
+from mini_studio.wiring import DECIDED_BY, ended, open_studio
 
 MAX_CONNECTIONS = 1000
 FIRST_ROUTES_S = 3.0
@@ -47,8 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
             feeding = asyncio.create_task(app.state.feed.run())
             await first_routes(app.state.routes, app.state.feed)
             yield
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
+            await ended(feeding)
 
     app = FastAPI(
         title="Mini Studio",

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mini_studio.bus.dead_letters import DeadLetters
 from mini_studio.bus.kafka import Publisher
@@ -130,6 +130,13 @@ def broker_epoch_file(settings: Settings) -> Path:
     return settings.data / "run" / "broker-epoch"
 
 
+async def ended(task: "asyncio.Task[Any]") -> None:
+    """Cancel the task until it has ended: a client's start or stop may swallow a cancellation."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
+
+
 @asynccontextmanager
 async def open_studio(
     settings: Settings, *, relayed: Sequence[Collection] = (), sweeper: bool = False
@@ -141,6 +148,5 @@ async def open_studio(
         yield studio
     finally:
         if relaying is not None:
-            relaying.cancel()
-            await asyncio.gather(relaying, return_exceptions=True)
+            await ended(relaying)
         await studio.aclose()

@@ -84,10 +84,15 @@ def begun(record: P, envelope: Envelope[Any]) -> P:
     return record.model_copy(update={"applied": {envelope.source.value: envelope.sequence}})
 
 
+def beginning(projection: type[P], envelope: Envelope[Any]) -> P | None:
+    """The record that begins with this event; None when it begins with an earlier one, or with none of the kind."""
+    return projection.begin(envelope) if envelope.sequence == 1 else None
+
+
 def fold(projection: type[P], events: Iterable[Envelope[Any]], record: P | None = None) -> P | None:
     """The record that these events, in order, make, or make of `record`. What it has applied before changes nothing."""
     for envelope in events:
-        record = projection.begin(envelope) if record is None else record.apply(envelope) or record
+        record = beginning(projection, envelope) if record is None else record.apply(envelope) or record
     return record
 
 
@@ -162,12 +167,11 @@ class Projections(Repository[P]):
 
     def _after(self, record: P | None, history: list[Envelope[Any]]) -> P | None:
         """The record after these events; None when an event is missing before them."""
-        present = record or self._projection.begin(history[0])
+        present = record or beginning(self._projection, history[0])
         return None if present is None else advance(present, history)
 
     async def _begin(self, envelope: Envelope[Any]) -> P | None:
-        # A later request would begin one as well, and not with what the aggregate's first one says.
-        record = self._projection.begin(envelope) if envelope.sequence == 1 else None
+        record = beginning(self._projection, envelope)
         if record is None:
             return await self._replay(envelope)
         try:
@@ -180,19 +184,15 @@ class Projections(Repository[P]):
 
     async def _replay(self, envelope: Envelope[Any]) -> P | None:
         """The aggregate's first events are unknown here, though its later one was published: the journal has them."""
-        for earlier in await self._history(envelope.subject):
+        for earlier in await self.history(envelope.subject):
             if earlier.id == envelope.id:
                 break
-            if self._projection.begin(earlier) is not None:
+            if beginning(self._projection, earlier) is not None:
                 await self.apply(earlier)
                 return await self.apply(envelope)
         raise Conflict(f"no request of {envelope.subject} is known, neither as a record nor in the journal")
 
     async def _catch_up(self, envelope: Envelope[Any], applied: int) -> None:
-        for earlier in await self._history(envelope.subject):
+        for earlier in await self.history(envelope.subject):
             if earlier.source == envelope.source and applied < earlier.sequence < envelope.sequence:
                 await self.change(ANYONE, envelope.subject, lambda present, missed=earlier: present.apply(missed))  # type: ignore[misc]
-
-    async def _history(self, subject: str) -> list[Envelope[Any]]:
-        entries = await self._store.read_journal(key=subject, limit=100_000)
-        return [restore(entry.stored) for entry in entries]

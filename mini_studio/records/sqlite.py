@@ -114,8 +114,8 @@ class SqliteStore:
         return [_decode(*row) for row in await self._read(sql, (*values, limit))]
 
     async def scan(self, collection: Collection, *, after: str = "", limit: int) -> list[Document]:
-        sql = f"SELECT doc FROM {collection.name} WHERE id > ? ORDER BY id LIMIT ?"  # noqa: S608
-        return [orjson.loads(row[0]) for row in await self._read(sql, (after, limit))]
+        sql = f"SELECT {DOCUMENT} FROM {collection.name} WHERE id > ? ORDER BY id LIMIT ?"  # noqa: S608
+        return [_decode(*row) for row in await self._read(sql, (after, limit))]
 
     async def pending(self, collections: Sequence[Collection], limit: int) -> list[tuple[Collection, Document]]:
         sql = "SELECT id, outbox FROM {} WHERE pending = 1 LIMIT ?"

@@ -308,7 +308,9 @@ async def test_failures_are_counted_per_record_and_forgotten_with_their_batch(st
 async def test_log_lines_name_the_record_they_are_about_and_no_other(studio: Studio) -> None:
     bound: list[dict[str, Any]] = []
     consumer, seen = collector(lambda envelope: bound.append(get_contextvars()))
-    requests = [outgoing(entry) for _ in range(2) for entry in a_request().outbox]
+    decided = [entry for _ in range(2) for entry in a_request().outbox]
+    await studio.store.journal(decided)
+    requests = [outgoing(entry) for entry in decided]
     records = tuple(replace(a_record(n), key=r.key, value=r.value, headers=r.headers) for n, r in enumerate(requests))
     message: Any = SimpleNamespace(raw_message=records)
     before = get_contextvars()

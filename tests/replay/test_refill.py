@@ -129,7 +129,7 @@ async def test_an_empty_broker_gets_the_journal_once(empty_broker: str, tmp_path
 async def test_what_was_interrupted_anywhere_goes_on(empty_broker: str, tmp_path: Path) -> None:
     settings = settings_at(empty_broker, tmp_path)
     async with open_studio(settings) as studio:
-        await fill(studio, 2000)
+        await fill(studio, 6000)
         for allowed in (0, 3, 1, 4):
             async with Narrow(settings.kafka, allowed) as publisher:
                 with pytest.raises(Unavailable):
