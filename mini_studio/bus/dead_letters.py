@@ -5,8 +5,6 @@ to where it came from, with a header that names the one consumer which failed on
 dead-letter topic. A crash between the two makes a duplicate, never a loss. A record that fails again is a new dead letter.
 """
 
-import asyncio
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -14,14 +12,13 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import structlog
-from aiokafka import AIOKafkaConsumer, ConsumerRecord
-from aiokafka.errors import KafkaError
+from aiokafka import ConsumerRecord
 
 from events.topics import dead_letter_topic
 from mini_studio.bus.delivery import ORIGIN, REDRIVE
-from mini_studio.bus.kafka import READERS, Outgoing, Publisher, let_go
-from mini_studio.bus.reading import at_end
-from mini_studio.errors import Conflict, NotFound, Unavailable
+from mini_studio.bus.kafka import READERS, Outgoing, Publisher
+from mini_studio.bus.reading import read_whole
+from mini_studio.errors import Conflict, NotFound
 from mini_studio.records.projection import timestamp
 from mini_studio.settings import Kafka
 
@@ -31,7 +28,6 @@ MARKER = "dlq_redriven"
 """The last header of a marker: the id of the dead letter that was put back. A dead letter's own last header is of `ORIGIN`."""
 ANSWER_S = 1.5
 """Silence of the broker after which it counts as away: whoever asks gets an answer within two seconds."""
-FETCH_WAIT_MS = 20
 READ_AT_ONCE = 200
 """Records read, and so put back, at once: few enough to be acknowledged within the publish timeout."""
 
@@ -179,25 +175,8 @@ class DeadLetters:
         """All records of the consumer's dead-letter topics. Raises `NotFound` and `Unavailable`."""
         if consumer not in READERS:
             raise NotFound(f"there is no consumer {consumer[:100]!r}; there are {', '.join(READERS)}")
-        client = AIOKafkaConsumer(
-            *(dead_letter_topic(topic, consumer) for topic in READERS[consumer]),
-            group_id=None,  # all partitions, and nobody's position moves
-            bootstrap_servers=self._settings.bootstrap,
-            auto_offset_reset="earliest",
-            enable_auto_commit=False,
-            fetch_max_wait_ms=FETCH_WAIT_MS,
-        )
-        try:
-            await asyncio.wait_for(client.start(), ANSWER_S)
-            partitions = list(client.assignment())
-            heard = time.monotonic()
-            while not await at_end(client, partitions):
-                for records in (await client.getmany(timeout_ms=100, max_records=READ_AT_ONCE)).values():
-                    heard = time.monotonic()
-                    yield records
-                if time.monotonic() - heard > ANSWER_S:
-                    raise TimeoutError("no answer")
-        except (KafkaError, OSError, TimeoutError) as error:
-            raise Unavailable(f"the broker at {self._settings.bootstrap} is away: {error!r}") from error
-        finally:
-            await let_go(client.stop(), 0)
+        topics = [dead_letter_topic(topic, consumer) for topic in READERS[consumer]]
+        whole = read_whole(self._settings, topics, at_once=READ_AT_ONCE, patience_s=ANSWER_S)
+        async with aclosing(whole) as batches:
+            async for records in batches:
+                yield records

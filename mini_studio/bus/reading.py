@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
@@ -11,40 +11,44 @@ from mini_studio.bus.kafka import let_go
 from mini_studio.errors import NotFound, Unavailable
 from mini_studio.settings import Kafka
 
-BATCH = 2000
-START_S = 10
-SILENCE_S = 30.0
+AT_ONCE = 2000
+REQUEST_S = 10
+PATIENCE_S = 30.0
 """The client waits for ever for a broker that is away; whoever reads a whole topic wants to know."""
+FETCH_WAIT_MS = 20
+STOP_S = 0.2
 
 
-async def read_whole(settings: Kafka, topics: Sequence[str]) -> AsyncIterator[list[ConsumerRecord[bytes, bytes]]]:
-    """All records from each topic's beginning to its end, in batches, in order within a partition. Raises `NotFound`, `Unavailable`."""
+async def read_whole(
+    settings: Kafka, topics: Sequence[str], *, at_once: int = AT_ONCE, patience_s: float = PATIENCE_S
+) -> AsyncGenerator[list[ConsumerRecord[bytes, bytes]]]:
+    """All records from each topic's beginning to its end, in order within a partition. Raises `NotFound`, `Unavailable`."""
     # Topics given here are all assigned when there is no group; a broker need not tell of partitions nobody asked for.
     consumer = AIOKafkaConsumer(
         *topics,
         bootstrap_servers=settings.bootstrap,
         auto_offset_reset="earliest",
         enable_auto_commit=False,
-        fetch_max_wait_ms=settings.fetch_wait_ms,
-        request_timeout_ms=START_S * 1000,
+        fetch_max_wait_ms=FETCH_WAIT_MS,
+        request_timeout_ms=REQUEST_S * 1000,
     )
     try:
-        await asyncio.wait_for(consumer.start(), START_S * 3)
+        await asyncio.wait_for(consumer.start(), patience_s)
         partitions = sorted(consumer.assignment())
-        deadline = time.monotonic() + SILENCE_S
+        deadline = time.monotonic() + patience_s
         while not await at_end(consumer, partitions):
-            found = await consumer.getmany(timeout_ms=200, max_records=BATCH)
+            found = await consumer.getmany(timeout_ms=100, max_records=at_once)
             if found:
                 yield [record for records in found.values() for record in records]
-                deadline = time.monotonic() + SILENCE_S
+                deadline = time.monotonic() + patience_s
             elif time.monotonic() > deadline:
-                raise TimeoutError(f"nothing came for {SILENCE_S:.0f} s")
+                raise TimeoutError(f"nothing came for {patience_s:g} s")
     except UnknownTopicOrPartitionError as error:
         raise NotFound("the broker lacks a topic; `mini-studio journal refill` makes it again") from error
     except (KafkaError, OSError, TimeoutError) as error:
         raise Unavailable(f"the broker at {settings.bootstrap} is away: {error!r}") from error
     finally:
-        await let_go(consumer.stop())
+        await let_go(consumer.stop(), STOP_S)
 
 
 async def at_end(consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]) -> bool:
