@@ -18,15 +18,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 from events.topics import dead_letter_topic
 from tests.faults.board import BOARD
 from tests.faults.checker import collect
 from tests.faults.checker import violations as checked
+from tests.faults.crash_client import Client, read
 from tests.faults.crash_life import Died, World, unfinished, world
-from tests.faults.crash_scenarios import SCENARIOS, Client, read
-from tests.faults.failpoints import points
+from tests.faults.crash_scenarios import SCENARIOS
+from tests.faults.failpoints import SIDES, points
 from tests.faults.history import read as read_history
 from tests.faults.length import length
 from tests.faults.standins import starts
@@ -42,7 +44,7 @@ TOGETHER = 16
 TRIES = 4
 """Ways to reach a point that are tried: which one passes it is a matter of timing for a few."""
 SETTLE_S, DIE_S = 40.0, 3.0
-GROUPED = ("consumers.jobs:", "consumers.training:", "mini_studio.bus.relay:Relay.sweep#3")
+GROUPED = ("consumers.jobs:", "consumers.training:", "mini_studio.bus.relay:")
 """One point of each of these is also checked with consumers that join their groups."""
 
 
@@ -58,6 +60,8 @@ class Way:
     seconds: float
     times: int = 1
     """Which of the times that it is passed is the last."""
+    must: bool = True
+    """Whether it is wrong not to reach it: timing may decide how often a point is passed."""
 
     def __str__(self) -> str:
         return f"{self.point} ({self.scenario}{', at birth' * self.at_birth}, {self.times})"
@@ -112,7 +116,7 @@ def kill_at(chosen: Sequence[Sequence[Way]], *, grouped: bool = False) -> list[V
                     kill_once(where, Client(where, code), way)
                     verdicts[code].killed = True
                 except NotReached:
-                    if way is ways[-1]:
+                    if way is ways[-1] and way.must:
                         verdicts[code].problems.append("was not reached")
                     continue
                 except (AssertionError, TimeoutError, Died) as error:
@@ -221,49 +225,48 @@ def plan(ways: list[Way]) -> list[list[Way]]:
     if length(short=0, full=1):
         for all in by_point.values():
             often = sorted((way for way in all if way.passed > 2), key=lambda way: way.seconds)
-            todo += [[replace(way, times=2) for way in often[:TRIES]]] if often else []
-            todo += [[way] for way in all if way.scenario == "whole"]
+            todo += [[replace(way, times=2, must=False) for way in often[:TRIES]]] if often else []
+            todo += [[replace(way, must=False)] for way in all if way.scenario == "whole"]
     return sorted(todo, key=lambda ways: (ways[0].at_birth, ways[0].scenario))
+
+
+def look_at_all(pool: Pool) -> tuple[list[Way], list[str]]:
+    """What the scenarios pass, and what is wrong before anything was killed."""
+    ways, problems = [], []
+    for found, problem in pool.imap_unordered(look, SCENARIOS):
+        ways += found
+        problems += [problem] if problem else []
+    known = {way.point for way in ways} | {f"{name}:{side}" for name in UNREACHED for side in SIDES}
+    problems += [f"{p}: no scenario of tests/faults/crash_scenarios.py passes it" for p in points() if p not in known]
+    problems += [f"{p}: UNREACHED names it, and the code does not have it" for p in sorted(known - set(points()))]
+    return ways, problems
+
+
+def kill_at_all(pool: Pool, todo: list[list[Way]], *, grouped: bool) -> Iterator[Verdict]:
+    parts = [todo[at : at + TOGETHER] for at in range(0, len(todo), TOGETHER)]
+    some = [[next(ways for ways in todo if ways[0].point.startswith(start))] for start in GROUPED if grouped]
+    running = [pool.apply_async(partial(kill_at, grouped=True), (part,)) for part in some]
+    running += [pool.apply_async(kill_at, (part,)) for part in parts]
+    for done, part in enumerate(running, 1):
+        yield from part.get()
+        print(f"{done} of {len(running)} parts", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only points whose name, or `(scenario`, contains this")
-    only, began = parser.parse_args().only, time.monotonic()
-    bad = 0
+    only, began, killed = parser.parse_args().only, time.monotonic(), 0
     with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
-        ways: list[Way] = []
-        for found, problem in pool.imap_unordered(look, SCENARIOS):
-            ways += found
-            if problem:
-                bad += 1
-                print(problem, flush=True)
-        passed = {way.point for way in ways}
-        for point in points():
-            if (point in passed) == (point.rpartition(":")[0] in UNREACHED):
-                bad += 1
-                print(
-                    f"{point}: {'is passed, and UNREACHED says that it is not' if point in passed else 'no scenario passes it'}"
-                )
-        print(
-            f"{len(points())} points, {len(passed)} passed by {len(SCENARIOS)} scenarios, {time.monotonic() - began:.0f} s",
-            flush=True,
-        )
+        ways, problems = look_at_all(pool)
+        print("\n".join([f"{len(points())} points, {len({way.point for way in ways})} passed", *problems]), flush=True)
         todo = [one for one in plan(ways) if only in str(one[0])]
-        grouped = [[next(one for one in todo if start in one[0].point)] for start in GROUPED if not only]
-        parts = [todo[at : at + TOGETHER] for at in range(0, len(todo), TOGETHER)]
-        running = [pool.apply_async(partial(kill_at, grouped=True), (part,)) for part in grouped]
-        running += [pool.apply_async(kill_at, (part,)) for part in parts]
-        killed = 0
-        for done, part in enumerate(running, 1):
-            for verdict in part.get():
-                killed += verdict.killed
-                bad += len(verdict.problems)
-                for problem in verdict.problems:
-                    print(f"{verdict.way}: {problem}", flush=True)
-            print(f"{done} of {len(running)} parts, {time.monotonic() - began:.0f} s", flush=True)
-    print(f"killed {killed} lives in {time.monotonic() - began:.0f} s; {bad} problems")
-    return 1 if bad else 0
+        for verdict in kill_at_all(pool, todo, grouped=not only):
+            killed += verdict.killed
+            found = [f"{verdict.way}: {problem}" for problem in verdict.problems]
+            problems += found
+            print("".join(line + "\n" for line in found), end="", flush=True)
+    print(f"killed {killed} lives in {time.monotonic() - began:.0f} s; {len(problems)} problems")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":
