@@ -72,8 +72,9 @@ class RayHead:
         """Also again, at the same address, after it was killed: it comes back empty."""
         self.process = subprocess.Popen(
             self._command,
-            # a token file that a local `ray.init()` left behind would turn authentication on
-            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+            # a token file that a local `ray.init()` left behind would turn authentication on;
+            # without the other one Ray takes the loopback address for a mistake, and listens to the whole network
+            env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -54,14 +54,15 @@ def ray(studio: Running) -> list[Kind]:
     return [Kind(name, finder(studio, text), 0.6) for name, text in words.items()]
 
 
-def launcher(studio: Running) -> Kind:
-    """The launcher itself: everything goes with it, as in a power cut."""
+def launcher(studio: Running, then: Callable[[], None]) -> Kind:
+    """The launcher itself: everything goes with it, as in a power cut. `then` starts what is not its own."""
 
     def restart() -> None:
         assert studio.process is not None
         studio.process.wait(30)
         studio.log.unlink()
         studio.start()
+        then()
 
     return Kind("launcher", lambda: [studio.process.pid] if studio.process else [], 0.25, restart)
 

@@ -126,7 +126,7 @@ class Soak:
         cluster.start()
         kinds = [
             *killing.parts(self.studio),
-            killing.launcher(self.studio),
+            killing.launcher(self.studio, cluster.start_again),
             killing.guardian(self.studio),
             Kind("Ray's stand-in", cluster.pids, restart=cluster.start_again),
             Kind("trainer", killing.finder(self.studio, "-m tests.fakes.quick_trainer"), 2.0),

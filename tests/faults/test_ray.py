@@ -22,6 +22,7 @@ from events.registry import restore
 from events.types import new_id
 from mini_studio.drivers.catalogue import ModelCatalogue
 from mini_studio.drivers.ray import RayCluster
+from mini_studio.ingest import key_of
 from mini_studio.records.record import ANYONE
 from mini_studio.records.training_runs import RunPhase, TrainingRun
 from mini_studio.settings import Settings, Training
@@ -74,7 +75,8 @@ def trainers(data: Path) -> list[psutil.Process]:
 async def requested(studio: Studio) -> str:
     """A job of about half a minute, queued."""
     content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-    file = studio.settings.dfs / "acme" / "rows.jsonl"
+    location = studio.dfs.location("datasets/rows.jsonl")
+    file = studio.settings.dfs / key_of(location)
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
     event = FineTuneRequested(
@@ -83,7 +85,7 @@ async def requested(studio: Studio) -> str:
         fine_tuned_model="ft:tiny-llama:acme:x",
         dataset=DatasetRef(
             id=new_id("ds"),
-            dfs_path=studio.dfs.location("acme/rows.jsonl"),
+            dfs_path=location,
             sha256=hashlib.sha256(content).hexdigest(),
             rows=len(ROWS),
         ),
@@ -108,15 +110,20 @@ async def run_of(studio: Studio, id: str) -> TrainingRun:
 
 
 async def in_training(studio: Studio, id: str) -> TrainingRun:
-    """The run, once its trainer has made its first steps."""
+    """The run, once its trainer has made its first steps: mostly its first attempt, a slow Ray may have cost it one before."""
 
     async def stepped() -> TrainingRun | None:
         run = await run_of(studio, id)
-        return run if any(getattr(event, "step", None) for event in decided(run)) else None
+        return run if any(steps(event) == run.attempt for event in decided(run)) else None
 
     found: TrainingRun = await eventually(stepped, RAY_S)
-    assert (found.phase, found.attempt) == (RunPhase.RUNNING, 1)
+    assert found.phase is RunPhase.RUNNING
     return found
+
+
+def steps(event: Any) -> int | None:
+    """The attempt whose step an event tells of."""
+    return event.attempt if isinstance(event, FineTuneProgressed) and event.step else None
 
 
 async def over(studio: Studio, id: str) -> TrainingRun:
@@ -145,15 +152,15 @@ def writes_late(folder: Path, run: TrainingRun) -> None:
     (folder / MANIFEST).write_text(manifest.model_dump_json())
 
 
-def succeeded_at_the_second_attempt(run: TrainingRun, studio: Studio) -> None:
-    """With exactly one artifact chosen, and nothing told of the first attempt after it was lost."""
-    events = decided(run)
-    assert (run.phase, run.attempt) == (RunPhase.SUCCEEDED, 2), events[-1]
-    assert str(attempts.final_path(run, studio.settings).readlink()) == f"attempts/2/{WEIGHTS}"
+def succeeded_at_the_next_attempt(run: TrainingRun, first: TrainingRun, studio: Studio) -> None:
+    """With exactly one artifact chosen, and nothing told of the attempt before after it was lost."""
+    events, following = decided(run), first.attempt + 1
+    assert (run.phase, run.attempt) == (RunPhase.SUCCEEDED, following), events[-1]
+    assert str(attempts.final_path(run, studio.settings).readlink()) == f"attempts/{following}/{WEIGHTS}"
     assert sum(event.TYPE == "fine_tune.succeeded.v1" for event in events) == 1
-    lost = [n for n, event in enumerate(events) if isinstance(event, FineTuneQueued) and event.attempt == 1]
+    lost = [n for n, event in enumerate(events) if isinstance(event, FineTuneQueued) and event.attempt == first.attempt]
     assert len(lost) == 1
-    assert {event.attempt for event in events[lost[0] + 1 :]} == {2}
+    assert {event.attempt for event in events[lost[0] + 1 :]} == {following}
     assert all(event.step != 999 for event in events if isinstance(event, FineTuneProgressed))
 
 
@@ -191,7 +198,7 @@ async def test_a_head_that_dies_and_comes_back_empty(head: RayHead, studio: Stud
     assert not alive, "the orphan saw its fence"
     print(f"the orphan was gone {time.monotonic() - killed_at:.1f} s after the head")
     writes_late(attempts.folder(first, studio.settings), first)
-    succeeded_at_the_second_attempt(await over(studio, id), studio)
+    succeeded_at_the_next_attempt(await over(studio, id), first, studio)
 
 
 @pytest.mark.parametrize("part", ["raylet/raylet", "gcs_server"])
@@ -214,4 +221,4 @@ async def test_a_part_of_the_head_that_dies_is_not_running_for_ever(head: RayHea
     await eventually(lost, LOST_AFTER_S + RAY_S)
     print(f"the attempt counted as lost {time.monotonic() - killed_at:.1f} s after {part}")
     writes_late(attempts.folder(first, studio.settings), first)
-    succeeded_at_the_second_attempt(await over(studio, id), studio)
+    succeeded_at_the_next_attempt(await over(studio, id), first, studio)
