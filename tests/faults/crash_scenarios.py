@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from consumers.app import CONSUMERS
 from events.topics import Topic
 from events.types import derived_id
 from tests.faults.crash_client import MANY_ROWS, MODEL, ROWS, Client, lines
@@ -168,7 +169,7 @@ def stop(client: Client) -> None:
 def start(client: Client) -> None:
     """The broker comes back after the consumers could not begin."""
     if client.world.outages.on("consumers"):
-        client.until(lambda: "consumer.waiting_for_broker" in client.world.said())
+        client.until(lambda: client.world.said().count("consumer.waiting_for_broker") >= len(CONSUMERS))
         client.world.outages.end("consumers")
     client.upload()
 
