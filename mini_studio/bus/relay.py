@@ -104,7 +104,7 @@ class Relay:
             self._woken.clear()
             try:
                 while await self.sweep():
-                    pass
+                    self._well()  # with a long backlog still to go
             except Exception as error:
                 # Nobody watches this task: whatever went wrong, it says so and goes on.
                 self._note(error)
@@ -112,9 +112,13 @@ class Relay:
                 retry_s = min(retry_s * 2, RETRY_MAX_S)
                 self._woken.set()
             else:
-                if self.problem is not None:
-                    log.info("relay.recovered")
-                self.problem, retry_s = None, RETRY_MIN_S
+                self._well()
+                retry_s = RETRY_MIN_S
+
+    def _well(self) -> None:
+        if self.problem is not None:
+            log.info("relay.recovered")
+        self.problem = None
 
     def _note(self, error: Exception) -> None:
         if isinstance(error, Unavailable):
