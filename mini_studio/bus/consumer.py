@@ -146,7 +146,11 @@ class Consumer:
             self.busy, self.touched_at = True, time.monotonic()
             try:
                 for record in records if logging.getLogger().isEnabledFor(logging.DEBUG) else ():
-                    log.debug("consumer.received", place=f"{record.topic}/{record.partition}@{record.offset}")
+                    log.debug(
+                        "consumer.received",
+                        consumer=self.name,
+                        place=f"{record.topic}/{record.partition}@{record.offset}",
+                    )
                 await take(records)
             finally:
                 self.busy, self.touched_at = False, time.monotonic()

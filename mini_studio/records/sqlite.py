@@ -9,7 +9,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,13 +38,15 @@ class Write:
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any], deadline: float) -> None:
         self.deadline = deadline
-        self.error: Exception | None = None
+        self.done: Future[Any] = Future()
+        self.done.set_running_or_notify_cancel()  # whoever waits may leave; the work is done all the same
         self._work = work
         self._result: Any = None
+        self._error: Exception | None = None
 
     def run(self, db: sqlite3.Connection) -> None:
         """Raises only what ends the whole transaction."""
-        self.error = None
+        self._error = None
         db.execute("SAVEPOINT one")
         try:
             self._result = self._work(db)
@@ -52,13 +54,15 @@ class Write:
             if not db.in_transaction:  # a full disk, for instance
                 raise
             db.execute("ROLLBACK TO one")
-            self.error = error
+            self._error = error
         db.execute("RELEASE one")
 
-    def outcome(self) -> Any:
-        if self.error is not None:
-            raise self.error
-        return self._result
+    def committed(self) -> None:
+        """Tell whoever waits how it went."""
+        if self._error is None:
+            self.done.set_result(self._result)
+        else:
+            self.done.set_exception(self._error)
 
 
 class SqliteStore:
@@ -204,25 +208,28 @@ class SqliteStore:
         """Do the work in a transaction. Those that wait for the writer share the next one, and so one wait for the disk."""
         write = Write(work, time.monotonic() + self._busy_timeout_s)
         self._waiting.append(write)
-        await self._in(self._writer, self._write_waiting)
+        self._writer.submit(self._write_waiting)
         with _outages():
-            result: T = write.outcome()
+            result: T = await asyncio.wrap_future(write.done)
         return result
 
     def _write_waiting(self) -> None:
-        """Write all that waits; what this call was made for may have been written with what came before it."""
-        writes = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        while writes:
+        """Write all that waits, also what comes while the lock is waited for; each is told at its own time."""
+        writes: list[Write] = []
+        while self._waiting or writes:
+            writes += [self._waiting.popleft() for _ in range(len(self._waiting))]
             # Those who queued behind a write that waited for the lock have waited as well: nobody waits twice.
             left_s = min(write.deadline for write in writes) - time.monotonic()
             try:
                 self._write_together(writes, max(0.001, left_s))
-                return
+                told, writes = writes, []
+                for write in told:
+                    write.committed()
             except Exception as error:
                 late = [write for write in writes if not _locked(error) or write.deadline <= time.monotonic()]
-                for write in late:
-                    write.error = error
                 writes = [write for write in writes if write not in late]
+                for write in late:
+                    write.done.set_exception(error)
 
     def _write_together(self, writes: Sequence["Write"], wait_s: float) -> None:
         if self._write_connection is None:

@@ -128,9 +128,12 @@ class World:
         with contextlib.closing(sqlite3.connect(f"file:{self.settings.record_file}?mode=ro", uri=True)) as db:
             db.execute("BEGIN")
             for collection in wiring.COLLECTIONS:
-                sql = f"SELECT id, doc FROM {collection.name} WHERE doc ->> '$.client_code' = ?"  # noqa: S608
+                sql = f"SELECT id, version, outbox, doc FROM {collection.name} WHERE doc ->> '$.client_code' = ?"  # noqa: S608
                 rows = db.execute(sql, (client_code,)).fetchall()
-                found[collection.name] = {id: json.loads(doc) for id, doc in rows}
+                found[collection.name] = {
+                    id: {**json.loads(doc), "version": version, "outbox": json.loads(outbox)}
+                    for id, version, outbox, doc in rows
+                }
         return found
 
     def journalled(self, subject: str) -> list[dict[str, Any]]:

@@ -197,7 +197,7 @@ def oldest_waiting(studio: Running) -> float:
     oldest = float("inf")
     with records(studio) as db:
         for name in DECIDED_BY_REQUESTS:
-            query = f"SELECT min(doc ->> '$.outbox[0].headers.ce_time') FROM {name} WHERE pending = 1"  # noqa: S608
+            query = f"SELECT min(outbox ->> '$[0].headers.ce_time') FROM {name} WHERE pending = 1"  # noqa: S608
             (time_,) = db.execute(query).fetchone()
             if time_ is not None:
                 oldest = min(oldest, datetime.fromisoformat(time_).timestamp())

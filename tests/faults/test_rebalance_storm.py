@@ -18,7 +18,7 @@ from events.base import Cause
 from events.fine_tuning import DatasetRef, FineTuneRequested, Hyperparameters
 from events.topics import Topic
 from events.types import new_id
-from mini_studio.bus.kafka import Publisher, create_topics
+from mini_studio.bus.kafka import create_topics
 from mini_studio.bus.relay import outgoing
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import requested
@@ -78,16 +78,17 @@ def a_request() -> Job:
     return requested(Job, event, subject=id, client_code="acme", cause=Cause(correlation_id="storm"))
 
 
-async def publish(settings: Kafka, count: int, seconds: float) -> dict[str, float]:
-    """Requests at a steady rate: the time of each by job id."""
+async def publish(settings: Settings, count: int, seconds: float) -> dict[str, float]:
+    """Requests at a steady rate, journalled as the relay does it: the time of each by job id."""
     sent: dict[str, float] = {}
     began = time.monotonic()
-    async with Publisher(settings) as publisher:
+    async with open_studio(settings) as studio:
         for number in range(count):
             await asyncio.sleep(max(0.0, began + number * seconds / count - time.monotonic()))
             job = a_request()
             sent[job.id] = time.time()
-            await publisher.publish([outgoing(entry) for entry in job.outbox])
+            await studio.store.journal(job.outbox)
+            await studio.publisher.publish([outgoing(entry) for entry in job.outbox])
     return sent
 
 
@@ -145,7 +146,7 @@ async def test_a_storm_of_rebalances_loses_nothing_and_repeats_hardly_anything(
     members = [Member(tmp_path, f"member-{number}", environment) for number in range(MEMBERS)]
     try:
         await asyncio.gather(*(member.until_started() for member in members))
-        sent, killed = await asyncio.gather(publish(settings.kafka, count, seconds), storm(members, seconds))
+        sent, killed = await asyncio.gather(publish(settings, count, seconds), storm(members, seconds))
         stored = await records(settings, count, 60)
     finally:
         for member in members:
