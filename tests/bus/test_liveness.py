@@ -4,9 +4,10 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from mini_studio.bus import liveness
 from mini_studio.bus.consumer import Consumer, start_broker
 from mini_studio.bus.kafka import Publisher, create_topics
 from mini_studio.bus.liveness import Liveness
+from mini_studio.bus.relay import outgoing
 from mini_studio.settings import Kafka
 from tests.fakes.broker import running_broker
 from tests.fakes.fault_proxy import FaultProxy
@@ -33,6 +35,19 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SAMPLE = Path(__file__).parents[1] / "events" / "samples" / "dataset.uploaded.v1.json"
+
+
+def sample() -> dict[str, Any]:
+    """The one event of these tests, as the journal has it."""
+    stored = json.loads(SAMPLE.read_text())
+    return {**stored, "topic": Topic.DATASETS.value, "value": json.dumps(stored["value"])}
+
+
+class Journal:
+    """A record store as far as the delivery asks it."""
+
+    async def journalled(self, event_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        return {id: sample() for id in event_ids}
 
 
 class Run:
@@ -51,10 +66,8 @@ class Run:
             await self.go_on.wait()
 
     async def publish(self) -> None:
-        stored = json.loads(SAMPLE.read_text())
-        headers = [(name, text.encode()) for name, text in stored["headers"].items()]
-        value = json.dumps(stored["value"]).encode()
-        await write(self.settings.bootstrap, Topic.DATASETS, [(value, headers)], key=stored["key"].encode())
+        sent = outgoing(sample())
+        await write(self.settings.bootstrap, Topic.DATASETS, [(sent.value, list(sent.headers))], key=sent.key or b"")
 
     def client(self) -> Any:
         (subscriber,) = self.broker.subscribers
@@ -70,7 +83,7 @@ class Run:
 @asynccontextmanager
 async def running(run: Run) -> AsyncIterator[Run]:
     async with Publisher(run.settings) as publisher:
-        run.broker = run.consumer.broker(run.settings, publisher, None)
+        run.broker = run.consumer.broker(run.settings, publisher, SimpleNamespace(store=Journal()))
         run.liveness = Liveness(run.consumer, run.broker, run.settings)
         await start_broker(run.broker)
         looking = asyncio.create_task(run.liveness.run())
