@@ -5,6 +5,7 @@ PYTHON ?= python3
 REAL ?= ../shared/real
 LENGTH ?= short
 MINUTES ?= 10
+TESTS ?= tests
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -46,11 +47,11 @@ demo: $(STAMP) ## do the main job on the running studio
 test: $(STAMP) ## all tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-real: $(STAMP) ## fault programs and tests on real services, which REAL/kafka starts; LENGTH=full for the long forms
+test-real: $(STAMP) ## fault programs and tests on real services, which REAL/kafka starts; LENGTH=full for the long forms, TESTS=tests/faults/test_ray.py for some
 	@test -n "$$MINI_STUDIO_TEST_KAFKA" -o -x "$(REAL)/kafka" || { \
 	  echo "There is no $(REAL)/kafka to start an Apache Kafka with: name a folder that has one, make test-real REAL=DIR," \
 	    "or a running broker, MINI_STUDIO_TEST_KAFKA=host:port make test-real (what kills and pauses one is then skipped)." >&2; exit 2; }
-	MINI_STUDIO_TEST_REAL=$(wildcard $(REAL)) MINI_STUDIO_TEST_LENGTH=$(LENGTH) $(BIN)/python -m pytest -m real --durations 15
+	MINI_STUDIO_TEST_REAL=$(wildcard $(REAL)) MINI_STUDIO_TEST_LENGTH=$(LENGTH) $(BIN)/python -m pytest -m real --durations 15 $(TESTS)
 
 soak: $(STAMP) ## kill everything at random under load for MINUTES, then check that nothing was lost or done twice
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)

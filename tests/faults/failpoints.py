@@ -40,6 +40,7 @@ LEFT_OUT = {
     "mini_studio.bus.reading": "reads whole topics into memory and changes nothing",
     "mini_studio.bus.replay": "runs while the broker is prepared, before there are handlers",
     "mini_studio.bus.routes": "the gateways' feed, which reads the log into memory and changes nothing",
+    "mini_studio.records.shadow": "replay, which tests/replay kills at each of its bulk writes",
     "mini_studio.records.sqlite": "the store: awaited by the repositories, which have points; its write is one SQLite transaction",
 }
 """Modules of those folders without points, with the reason."""
