@@ -20,7 +20,7 @@ from events.registry import restore
 from events.topics import ROUTES
 from mini_studio.bus import relay
 from mini_studio.bus.kafka import Outgoing
-from mini_studio.records import deployments, routes, training_runs
+from mini_studio.records import deployments, projection, routes, training_runs
 from mini_studio.records.projection import Projection, fold
 from mini_studio.records.store import Collection, Document, DuplicateRecord, JournalEntry
 from mini_studio.records.training_runs import TrainingRun
@@ -262,11 +262,15 @@ def repeatable(files: dict[str, Any], replaced: Sequence[tuple[Any, str, Any]] =
     async def to_thread(call: Any, *args: Any) -> Any:
         return await files[call.__name__](*args)
 
+    async def at_once(call: Any, *args: Any) -> Any:
+        return call(*args)
+
     patches = [
         (Envelope, "of", classmethod(_told_by_content)),
         (TrainingRun, "begin_attempt", token_by_attempt),
         (training_runs, "datetime", SimpleNamespace(now=lambda _: datetime.fromtimestamp(0, UTC))),
         (routes, "datetime", _Clock),
+        (projection, "asyncio", SimpleNamespace(to_thread=at_once)),
         # what runs beside the next publish may as well run behind it
         (relay, "asyncio", SimpleNamespace(create_task=lambda work: work, Event=asyncio.Event)),
         (training, "asyncio", SimpleNamespace(to_thread=to_thread)),
