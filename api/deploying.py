@@ -25,6 +25,7 @@ from schemas.inference import BaseModelDeployRequest, DeployResponse, DeployScal
 from workloads.specs import COMMITTED
 
 LOOK_EVERY_S = 0.05
+ROUTE_S = 1.0
 BROKER_PATIENCE_S = 1.5
 """How long a request's event may stand in the outbox before the request stops waiting for what follows from it."""
 
@@ -118,6 +119,8 @@ async def answer(
     generation = deployment.generation
     if "respond-async" not in (prefer or ""):
         deployment = await first_status(deployment, studio, feed)
+        if deployment.status is not DeploymentStatus.DEPLOYING:
+            await routed(deployment, feed)
     if deployment.generation != generation or deployment.status in (
         DeploymentStatus.REMOVING,
         DeploymentStatus.REMOVED,
@@ -153,6 +156,13 @@ async def first_status(deployment: Deployment, studio: Studio, feed: RouteFeed) 
         await asyncio.sleep(LOOK_EVERY_S)
         deployment = await studio.deployments.get(ANYONE, deployment.id) or deployment
     return deployment
+
+
+async def routed(deployment: Deployment, feed: RouteFeed) -> None:
+    """Wait a moment for the route: a caller that asks the model right after its answer must not hear that there is none."""
+    deadline = time.monotonic() + ROUTE_S
+    while not (feed.knows(deployment.id) or feed.problem) and time.monotonic() < deadline:
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def visible(name: str, tenant: str, studio: Studio, as_of: datetime | None = None) -> Deployment:

@@ -55,6 +55,10 @@ class RouteTable:
         shared = self._named.get(("", model), [])
         return max([*own, *shared], key=lambda route: self._preference(route, model), default=None)
 
+    def knows(self, key: str) -> bool:
+        """Whether the route was ever read, be it that it is gone."""
+        return key in self._revisions
+
     def all(self) -> list[Route]:
         return list(self._routes.values())
 
@@ -80,6 +84,10 @@ class RouteFeed:
         self._epoch = epoch
         self.problem: str | None = None
         """Why the log cannot be followed at the moment; None when all is well."""
+
+    def knows(self, key: str) -> bool:
+        """Whether this gateway has read the route of that deployment."""
+        return self._table.knows(key)
 
     async def run(self) -> None:
         """Follow the topic until cancelled, from its beginning, and again whenever the broker was replaced."""
