@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib.metadata import version
@@ -45,7 +44,8 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.studio, app.state.upstream, app.state.routes = studio, upstream, RouteTable()
             app.state.feed = RouteFeed(settings.kafka, app.state.routes, studio.broker_epoch)
             feeding = asyncio.create_task(app.state.feed.run())
-            await first_routes(app.state.routes, app.state.feed)
+            # A restart must not answer a model's callers that it knows none.
+            await app.state.feed.read_until(lambda table: table.loaded, FIRST_ROUTES_S)
             yield
             await ended(feeding)
 
@@ -64,13 +64,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_api_route("/health", health, tags=["studio"])
     app.add_api_route("/metrics", metrics, tags=["studio"], response_class=Response)
     return app
-
-
-async def first_routes(routes: RouteTable, feed: RouteFeed) -> None:
-    """Serve when the routes are there, or cannot be had now: a restart must not answer a model's callers that it knows none."""
-    deadline = time.monotonic() + FIRST_ROUTES_S
-    while not (routes.loaded or feed.problem) and time.monotonic() < deadline:
-        await asyncio.sleep(0.02)
 
 
 async def welcome() -> dict[str, object]:

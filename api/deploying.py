@@ -120,7 +120,8 @@ async def answer(
     if "respond-async" not in (prefer or ""):
         deployment = await first_status(deployment, studio, feed)
         if deployment.status is not DeploymentStatus.DEPLOYING:
-            await routed(deployment, feed)
+            # A caller that asks the model right after this answer must not hear that there is none.
+            await feed.read_until(lambda table: table.knows(deployment.id), ROUTE_S)
     if deployment.generation != generation or deployment.status in (
         DeploymentStatus.REMOVING,
         DeploymentStatus.REMOVED,
@@ -156,13 +157,6 @@ async def first_status(deployment: Deployment, studio: Studio, feed: RouteFeed) 
         await asyncio.sleep(LOOK_EVERY_S)
         deployment = await studio.deployments.get(ANYONE, deployment.id) or deployment
     return deployment
-
-
-async def routed(deployment: Deployment, feed: RouteFeed) -> None:
-    """Wait a moment for the route: a caller that asks the model right after its answer must not hear that there is none."""
-    deadline = time.monotonic() + ROUTE_S
-    while not (feed.knows(deployment.id) or feed.problem) and time.monotonic() < deadline:
-        await asyncio.sleep(LOOK_EVERY_S)
 
 
 async def visible(name: str, tenant: str, studio: Studio, as_of: datetime | None = None) -> Deployment:

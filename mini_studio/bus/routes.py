@@ -22,6 +22,7 @@ SILENT_S = 0.7
 REPLACED_AFTER_S = 5.0
 """How much later before the client is replaced: on a half-open connection it would wait 40 s."""
 START_S = 5.0
+LOOK_EVERY_S = 0.02
 
 
 class RouteTable:
@@ -85,9 +86,11 @@ class RouteFeed:
         self.problem: str | None = None
         """Why the log cannot be followed at the moment; None when all is well."""
 
-    def knows(self, key: str) -> bool:
-        """Whether this gateway has read the route of that deployment."""
-        return self._table.knows(key)
+    async def read_until(self, reached: Callable[[RouteTable], bool], limit_s: float) -> None:
+        """Return when the table has come so far, when the log cannot be followed now, or after `limit_s`."""
+        deadline = time.monotonic() + limit_s
+        while not (reached(self._table) or self.problem) and time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_EVERY_S)
 
     async def run(self) -> None:
         """Follow the topic until cancelled, from its beginning, and again whenever the broker was replaced."""
