@@ -1,13 +1,13 @@
 """For who runs the studio, not for its clients: dead letters."""
 
 import hmac
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.deps import TheStudio, UserId
-from mini_studio.bus.dead_letters import DeadLetter
+from mini_studio.bus.dead_letters import DeadLetter, State
 from mini_studio.errors import NotFound, Unauthorized
 from schemas.dead_letters import (
     Content,
@@ -52,7 +52,7 @@ LetterId = Annotated[str, Path(max_length=200)]
 async def list_dead_letters(
     studio: TheStudio,
     consumer: Annotated[str | None, Query(max_length=100, description="Only this consumer's.")] = None,
-    state: Literal["open", "redriven", "all"] = "open",
+    state: State = "open",
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=200)] = None,
 ) -> DeadLetterListResponse:

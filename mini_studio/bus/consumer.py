@@ -145,12 +145,10 @@ class Consumer:
             records = cast("tuple[Any, ...]", message.raw_message)
             self.busy, self.touched_at = True, time.monotonic()
             try:
-                for record in records if logging.getLogger().isEnabledFor(logging.DEBUG) else ():
-                    log.debug(
-                        "consumer.received",
-                        consumer=self.name,
-                        place=f"{record.topic}/{record.partition}@{record.offset}",
-                    )
+                if logging.getLogger().isEnabledFor(logging.DEBUG):
+                    for record in records:
+                        at = f"{record.topic}/{record.partition}@{record.offset}"
+                        log.debug("consumer.received", consumer=self.name, place=at)
                 await take(records)
             finally:
                 self.busy, self.touched_at = False, time.monotonic()

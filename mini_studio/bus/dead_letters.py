@@ -15,7 +15,7 @@ import structlog
 from aiokafka import ConsumerRecord
 
 from events.topics import dead_letter_topic
-from mini_studio.bus.delivery import ORIGIN, REDRIVE
+from mini_studio.bus.delivery import ORIGIN, REDRIVE, last_header
 from mini_studio.bus.kafka import READERS, Outgoing, Publisher
 from mini_studio.bus.reading import read_whole
 from mini_studio.errors import Conflict, NotFound
@@ -100,8 +100,7 @@ def read(consumer: str, record: "ConsumerRecord[Any, Any]") -> DeadLetter | None
 
 def marked(record: "ConsumerRecord[Any, Any]") -> str | None:
     """The id of the dead letter that this marker says was put back; None for what is no marker."""
-    name, value = record.headers[-1] if record.headers else ("", b"")
-    return (value or b"").decode(errors="replace") if name == MARKER else None
+    return last_header(record, MARKER)
 
 
 class DeadLetters:

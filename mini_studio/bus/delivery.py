@@ -61,10 +61,15 @@ def text_headers(record: "ConsumerRecord[Any, Any]") -> dict[str, str]:
     return readable
 
 
+def last_header(record: "ConsumerRecord[Any, Any]", wanted: str) -> str | None:
+    """The text of the record's last header, if that is its name: what was added to a record stands behind its own headers."""
+    name, value = record.headers[-1] if record.headers else ("", b"")
+    return (value or b"").decode(errors="replace") if name == wanted else None
+
+
 def redriven_for(record: "ConsumerRecord[Any, Any]") -> str | None:
     """The one consumer that a record which was put back is for; None: it was not, and is for all."""
-    name, value = record.headers[-1] if record.headers else ("", b"")
-    return (value or b"").decode(errors="replace") if name == REDRIVE else None
+    return last_header(record, REDRIVE)
 
 
 def sent_headers(record: "ConsumerRecord[Any, Any]") -> list[tuple[str, bytes]]:

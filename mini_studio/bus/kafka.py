@@ -13,12 +13,11 @@ from aiokafka.errors import KafkaError
 
 from events.topics import ROUTES, Topic, dead_letter_topic
 from mini_studio.errors import Unavailable
-from mini_studio.settings import Kafka
+from mini_studio.settings import MIB, Kafka
 
 log = structlog.get_logger(__name__)
 
 TOPIC_EXISTS = 36
-MIB = 1024 * 1024
 MAX_RECORD_BYTES, MAX_DEAD_LETTER_BYTES = 2 * MIB, 3 * MIB
 """Largest record of a topic: whatever an event topic took has room in its dead-letter topics, with why it is there."""
 MAX_SENT_BYTES = 64 * MIB
