@@ -19,36 +19,21 @@ from structlog.contextvars import get_contextvars
 
 from consumers import jobs
 from events.base import Cause, Envelope
-from events.fine_tuning import DatasetRef, FineTuneRequested, FineTuneStarted, Hyperparameters
+from events.fine_tuning import FineTuneRequested, FineTuneStarted
 from events.topics import Topic, dead_letter_topic
-from events.types import new_id
 from mini_studio.bus.consumer import Consumer, start_broker
 from mini_studio.bus.delivery import MAX_SURPRISES, Delivery
 from mini_studio.bus.kafka import Outgoing, Publisher, create_topics
 from mini_studio.bus.relay import BATCH, Relay, outgoing
 from mini_studio.errors import Unavailable
 from mini_studio.records.jobs import Job
-from mini_studio.records.projection import requested
 from mini_studio.settings import Kafka, Settings
 from mini_studio.wiring import Studio, open_studio
+from tests.consumers.cases import a_requested_job
 from tests.fakes.log import read_all, write, write_nulls
 from tests.fakes.waiting import until
 
 CAUSE = Cause(correlation_id="test")
-
-
-def a_request(client: str = "acme") -> Job:
-    id = new_id("job")
-    event = FineTuneRequested(
-        job_id=id,
-        base_model="tiny-llama",
-        fine_tuned_model=f"ft:tiny-llama:{client}:{id[-8:]}",
-        dataset=DatasetRef(id=new_id("ds"), dfs_path="/d", sha256="0" * 64, rows=1),
-        hyperparameters=Hyperparameters(
-            n_epochs=1, batch_size=1, learning_rate_multiplier=0.1, prompt_loss_weight=0, seed=0, method="full"
-        ),
-    )
-    return requested(Job, event, subject=id, client_code=client, cause=CAUSE)
 
 
 @asynccontextmanager
@@ -73,7 +58,7 @@ def collector(handle: Callable[[Envelope[Any]], Any] = lambda envelope: None) ->
 
 async def test_a_written_record_reaches_the_journal_and_every_consumer(studio: Studio) -> None:
     consumer, seen = collector()
-    job = a_request()
+    job = a_requested_job()
     async with running(consumer, studio):
         await studio.jobs.insert(job)
         await until(lambda: job.id in [e.subject for e in seen])
@@ -97,7 +82,7 @@ class SlowBroker(Publisher):
 
 async def test_a_long_outbox_leaves_in_order_a_part_at_a_time(bootstrap: str, tmp_path: Path) -> None:
     many = BATCH * 2 + 5
-    run, short = a_request(), a_request()
+    run, short = a_requested_job(), a_requested_job()
     (entry,) = run.outbox
     entries = [{**entry, "headers": {**entry["headers"], "ce_id": f"{run.id}-{n}"}} for n in range(many)]
     settings = Settings(data=tmp_path, kafka=Kafka(bootstrap=bootstrap, partitions=1))
@@ -125,7 +110,7 @@ async def test_the_slowest_broker_makes_progress(bootstrap: str, tmp_path: Path)
     settings = Settings(data=tmp_path, kafka=Kafka(bootstrap=bootstrap, partitions=1))
     await create_topics(settings.kafka)
     async with open_studio(settings) as studio, CreepingBroker(settings.kafka) as publisher:
-        await studio.store.put_all(Job.COLLECTION, [(a_request().document(), None) for _ in range(40)])
+        await studio.store.put_all(Job.COLLECTION, [(a_requested_job().document(), None) for _ in range(40)])
         relay = Relay(studio.store, publisher, [Job.COLLECTION])
         for _ in range(40):
             with contextlib.suppress(Unavailable):
@@ -152,7 +137,7 @@ class WatchedBroker(Publisher):
 async def test_what_was_acknowledged_is_settled_though_a_later_batch_fails(bootstrap: str, tmp_path: Path) -> None:
     settings = Settings(data=tmp_path, kafka=Kafka(bootstrap=bootstrap, partitions=1))
     await create_topics(settings.kafka)
-    jobs_ = [a_request() for _ in range(BATCH * 2 + 5)]
+    jobs_ = [a_requested_job() for _ in range(BATCH * 2 + 5)]
     async with open_studio(settings) as studio, WatchedBroker(studio, fails_at=2) as publisher:
         await studio.store.put_all(Job.COLLECTION, [(job.document(), None) for job in jobs_])
         relay = Relay(studio.store, publisher, [Job.COLLECTION])
@@ -174,7 +159,7 @@ async def test_an_outage_is_waited_out_in_order(studio: Studio) -> None:
         if len(tries) <= failures:
             raise Unavailable("away")
 
-    first, second = a_request(), a_request()
+    first, second = a_requested_job(), a_requested_job()
     consumer, seen = collector(lambda e: fail_first(e) if e.subject in (first.id, second.id) else None)
     await studio.jobs.insert(first)
     await studio.jobs.insert(second)
@@ -196,7 +181,7 @@ async def test_a_batch_waits_as_a_whole_while_the_records_are_away(studio: Studi
         return await real(event_ids)
 
     studio.store.journalled = journalled  # type: ignore[method-assign]
-    many = [a_request() for _ in range(20)]
+    many = [a_requested_job() for _ in range(20)]
     entries = [entry for job in many for entry in job.outbox]
     await studio.store.journal(entries)
     await studio.publisher.publish([outgoing(entry) for entry in entries])
@@ -220,7 +205,7 @@ async def test_poison_is_dead_lettered_as_it_is_and_the_good_goes_on(studio: Stu
     bootstrap = studio.settings.kafka.bootstrap
     await write(bootstrap, Topic.FINE_TUNES, poison, key=mark)
     consumer, seen = collector()
-    job = a_request()
+    job = a_requested_job()
     await studio.jobs.insert(job)
     async with running(consumer, studio):
         await until(lambda: job.id in [e.subject for e in seen])
@@ -235,7 +220,7 @@ async def test_poison_is_dead_lettered_as_it_is_and_the_good_goes_on(studio: Stu
 
 async def test_poison_in_a_batch_that_has_to_wait_is_dead_lettered_once(studio: Studio) -> None:
     bootstrap, mark, tries = studio.settings.kafka.bootstrap, uuid.uuid4().hex.encode(), []
-    job = a_request()
+    job = a_requested_job()
 
     def fail_first(envelope: Envelope[Any]) -> None:
         tries.append(envelope.subject)
@@ -256,7 +241,7 @@ async def test_a_record_of_nulls_is_dead_lettered_and_the_good_goes_on(studio: S
     bootstrap, mark = studio.settings.kafka.bootstrap, uuid.uuid4().hex.encode()
     await write_nulls(bootstrap, Topic.FINE_TUNES, [("mark", mark)])
     consumer, seen = collector()
-    job = a_request()
+    job = a_requested_job()
     await studio.jobs.insert(job)
     async with running(consumer, studio):
         await until(lambda: job.id in [e.subject for e in seen])
@@ -308,7 +293,7 @@ async def test_failures_are_counted_per_record_and_forgotten_with_their_batch(st
 async def test_log_lines_name_the_record_they_are_about_and_no_other(studio: Studio) -> None:
     bound: list[dict[str, Any]] = []
     consumer, seen = collector(lambda envelope: bound.append(get_contextvars()))
-    decided = [entry for _ in range(2) for entry in a_request().outbox]
+    decided = [entry for _ in range(2) for entry in a_requested_job().outbox]
     await studio.store.journal(decided)
     requests = [outgoing(entry) for entry in decided]
     records = tuple(replace(a_record(n), key=r.key, value=r.value, headers=r.headers) for n, r in enumerate(requests))
@@ -325,7 +310,7 @@ def a_record(offset: int) -> ConsumerRecord[Any, Any]:
 
 
 async def test_job_records_follow_the_log_once(studio: Studio) -> None:
-    job = a_request()
+    job = a_requested_job()
     async with running(jobs.consumer, studio):
         await studio.jobs.insert(job)
         started = FineTuneStarted(job_id=job.id, attempt=1, submission_id="x")

@@ -15,6 +15,8 @@ from events.topics import Topic
 from events.types import DatasetFormat, DeploymentKind, new_id
 from mini_studio.bus.relay import outgoing
 from mini_studio.errors import Unavailable
+from mini_studio.records.jobs import Job
+from mini_studio.records.projection import requested
 from mini_studio.records.record import ANYONE
 from mini_studio.records.store import Collection
 from mini_studio.wiring import Studio
@@ -102,6 +104,12 @@ def fine_tune(id: str) -> FineTuneRequested:
             n_epochs=1, batch_size=1, learning_rate_multiplier=0.1, prompt_loss_weight=0, seed=0, method="full"
         ),
     )
+
+
+def a_requested_job() -> Job:
+    """A new job's record with its event in the outbox, as a submission writes it."""
+    id = new_id("job")
+    return requested(Job, fine_tune(id), subject=id, client_code="acme", cause=CAUSE)
 
 
 async def a_fine_tune(studio: Studio) -> list[Envelope[Any]]:

@@ -4,14 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fakes.ray_head import RayHead
+from tests.fakes.ray_head import RayHead, running_head
 
 
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayHead]:
-    head = RayHead()
-    try:
-        head.wait()
+    with running_head() as head:
         yield head
-    finally:
-        head.close()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+@contextlib.contextmanager
+def running_head() -> "Iterator[RayHead]":
+    """A head with a node; it is ended with the context."""
+    head = RayHead()
+    try:
+        head.wait()
+        yield head
+    finally:
+        head.close()
 
 
 class RayHead:

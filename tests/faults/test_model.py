@@ -4,7 +4,7 @@ The handlers, the relay, the watchers, the transitions and the projections are t
 From every state a fair run without further faults must end with everything done.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +36,13 @@ def world() -> Iterator[None]:
 SCENES = ("delivery", "two handlers", "lost log", "first attempt", "second attempt", "two watchers")
 
 
+def whole(search: Callable[[str, int], Explored], scene: str, states: int) -> None:
+    """So many states were searched, or all that there are."""
+    explored = search(scene, states)
+    print(f"{scene}: {explored}")
+    assert explored.states == states or explored.complete
+
+
 def fine_tunes_of(scene: str, states: int) -> Explored:
     faults = fine_tunes.Faults
     match scene:
@@ -59,19 +66,14 @@ def fine_tunes_of(scene: str, states: int) -> Explored:
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_fine_tune_in_every_order(world: None, scene: str) -> None:
-    explored = fine_tunes_of(scene, 5000)
-    print(f"{scene}: {explored}")
-    assert explored.states == 5000 or explored.complete
+    whole(fine_tunes_of, scene, 5000)
 
 
 @pytest.mark.real
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_fine_tune_in_many_more_orders(world: None, scene: str) -> None:
-    states = int(length(short=20_000, full=100_000))
-    explored = fine_tunes_of(scene, states)
-    print(f"{scene}: {explored}")
-    assert explored.states == states or explored.complete
+    whole(fine_tunes_of, scene, int(length(short=20_000, full=100_000)))
 
 
 DEPLOYED = ("requests", "serving", "two watchers", "two routes")
@@ -98,19 +100,14 @@ def deployments_of(scene: str, states: int) -> Explored:
 
 @pytest.mark.parametrize("scene", DEPLOYED)
 def test_a_deployment_in_every_order(world: None, scene: str) -> None:
-    explored = deployments_of(scene, 5000)
-    print(f"{scene}: {explored}")
-    assert explored.states == 5000 or explored.complete
+    whole(deployments_of, scene, 5000)
 
 
 @pytest.mark.real
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scene", DEPLOYED)
 def test_a_deployment_in_many_more_orders(world: None, scene: str) -> None:
-    states = int(length(short=20_000, full=100_000))
-    explored = deployments_of(scene, states)
-    print(f"{scene}: {explored}")
-    assert explored.states == states or explored.complete
+    whole(deployments_of, scene, int(length(short=20_000, full=100_000)))
 
 
 # --- seeded bugs

@@ -28,7 +28,7 @@ from mini_studio.records.training_runs import RunPhase, TrainingRun
 from mini_studio.settings import Settings, Training
 from mini_studio.wiring import Studio, open_studio
 from tests.consumers.cases import envelope, eventually
-from tests.fakes.ray_head import RayHead, command_line, stub_trainer
+from tests.fakes.ray_head import RayHead, command_line, running_head, stub_trainer
 from tests.fakes.running import ROWS
 from workloads.specs import MANIFEST, PROGRESS, WEIGHTS, Manifest, Progress
 
@@ -42,12 +42,8 @@ RAY_S = 60.0
 @pytest.fixture
 def head() -> Iterator[RayHead]:
     """A head of the test's own, since it is killed."""
-    head = RayHead()
-    try:
-        head.wait()
+    with running_head() as head:
         yield head
-    finally:
-        head.close()
 
 
 @pytest.fixture

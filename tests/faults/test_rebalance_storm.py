@@ -14,16 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from events.base import Cause
-from events.fine_tuning import DatasetRef, FineTuneRequested, Hyperparameters
 from events.topics import Topic
-from events.types import new_id
 from mini_studio.bus.kafka import create_topics
 from mini_studio.bus.relay import outgoing
 from mini_studio.records.jobs import Job
-from mini_studio.records.projection import requested
 from mini_studio.settings import Kafka, Settings
 from mini_studio.wiring import open_studio
+from tests.consumers.cases import a_requested_job
 from tests.fakes.log import read_all
 from tests.fakes.real_kafka import RealKafka, own_kafka
 from tests.fakes.waiting import until
@@ -64,20 +61,6 @@ class Member:
         return [(line["place"], datetime.fromisoformat(line["timestamp"]).timestamp()) for line in lines]
 
 
-def a_request() -> Job:
-    id = new_id("job")
-    event = FineTuneRequested(
-        job_id=id,
-        base_model="tiny-llama",
-        fine_tuned_model=f"ft:tiny-llama:acme:{id[-8:]}",
-        dataset=DatasetRef(id=new_id("ds"), dfs_path="/d", sha256="0" * 64, rows=1),
-        hyperparameters=Hyperparameters(
-            n_epochs=1, batch_size=1, learning_rate_multiplier=0.1, prompt_loss_weight=0, seed=0, method="full"
-        ),
-    )
-    return requested(Job, event, subject=id, client_code="acme", cause=Cause(correlation_id="storm"))
-
-
 async def publish(settings: Settings, count: int, seconds: float) -> dict[str, float]:
     """Requests at a steady rate, journalled as the relay does it: the time of each by job id."""
     sent: dict[str, float] = {}
@@ -85,7 +68,7 @@ async def publish(settings: Settings, count: int, seconds: float) -> dict[str, f
     async with open_studio(settings) as studio:
         for number in range(count):
             await asyncio.sleep(max(0.0, began + number * seconds / count - time.monotonic()))
-            job = a_request()
+            job = a_requested_job()
             sent[job.id] = time.time()
             await studio.store.journal(job.outbox)
             await studio.publisher.publish([outgoing(entry) for entry in job.outbox])
