@@ -35,6 +35,7 @@ from workloads.specs import MANIFEST, PROGRESS, WEIGHTS, Manifest, Progress
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 
 LOST_AFTER_S = 10.0
+ORPHAN_S = 30.0
 RAY_S = 60.0
 """How long Ray may take to be there again, on a busy machine."""
 
@@ -181,18 +182,24 @@ async def test_a_head_that_dies_and_comes_back_empty(head: RayHead, studio: Stud
     first = await in_training(studio, id)
     orphans = trainers(studio.settings.data)
     assert orphans
+    for orphan in orphans:
+        orphan.suspend()  # else it may be done before a slow Ray is back, and its artifact is a good one
     await asyncio.to_thread(head.kill)
     killed_at = time.monotonic()
     head.start()
     await asyncio.to_thread(head.wait)
+    for orphan in orphans:
+        orphan.resume()
+    back_at = time.monotonic()
 
     async def lost() -> bool:
         return (await run_of(studio, id)).token != first.token
 
-    await eventually(lost, RAY_S)
-    _, alive = await asyncio.to_thread(psutil.wait_procs, orphans, 30)
-    assert not alive, "the orphan saw its fence"
-    print(f"the orphan was gone {time.monotonic() - killed_at:.1f} s after the head")
+    await eventually(lost, ORPHAN_S)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, orphans, back_at + ORPHAN_S - time.monotonic())
+    assert not alive, "the orphan did not see its fence"
+    gone_at = time.monotonic()
+    print(f"the orphan was gone {gone_at - killed_at:.1f} s after the head, {gone_at - back_at:.1f} s after its return")
     writes_late(attempts.folder(first, studio.settings), first)
     succeeded_at_the_next_attempt(await over(studio, id), first, studio)
 
