@@ -37,14 +37,15 @@ async def reconcile(studio: Studio) -> float:
     for run in active:
         with bound(run), apart():
             await follow(run, studio)
-    queued = await by(studio, RunPhase.QUEUED)
-    free = studio.settings.training.max_running - sum(run.phase is not RunPhase.COMMITTED for run in active)
-    started = [run for run in queued[: max(0, free)] if await start(run, studio)]
+    free = max(0, studio.settings.training.max_running - sum(run.phase is not RunPhase.COMMITTED for run in active))
+    # The queue may be long, and it is looked at with every job that comes: no more of it than may start, or tells that there is one.
+    queued = await by(studio, RunPhase.QUEUED, limit=max(1, free))
+    started = [run for run in queued[:free] if await start(run, studio)]
     return studio.settings.training.poll_s if active or started else (1.0 if queued else IDLE_S)
 
 
-async def by(studio: Studio, phase: RunPhase) -> list[TrainingRun]:
-    return await studio.runs.where(ANYONE, phase=phase.value)
+async def by(studio: Studio, phase: RunPhase, *, limit: int = 1000) -> list[TrainingRun]:
+    return await studio.runs.where(ANYONE, limit=limit, phase=phase.value)
 
 
 def bound(run: TrainingRun) -> contextlib.AbstractContextManager[None]:
