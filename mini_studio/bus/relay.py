@@ -6,7 +6,7 @@ Two relays on one entry make duplicates, never losses; readers drop those by seq
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -62,6 +62,17 @@ def batches(due: Sequence[Due], size: int) -> Iterator[list[Due]]:
         room -= len(one.entries)
     if batch:
         yield batch
+
+
+def _entries(batch: Sequence[Due]) -> list[dict[str, Any]]:
+    return [entry for one in batch for entry in one.entries]
+
+
+async def _together(*works: Coroutine[Any, Any, None]) -> None:
+    """Do all of them to their ends, then raise the first error."""
+    for error in await asyncio.gather(*works, return_exceptions=True):
+        if error is not None:
+            raise error
 
 
 class Relay:
@@ -133,32 +144,32 @@ class Relay:
         """Publish what is pending now, up to `SWEEP` events; how many went out. Raises `Unavailable`."""
         pending = await self._store.pending(self._collections, SWEEP)
         OUTBOX_PENDING.set(len(pending))
-        due = list(self._due(pending))
-        entries = [entry for one in due for entry in one.entries]
-        journalled = [entry for entry in entries if entry["topic"] != ROUTES]
-        if journalled:
-            await self._store.journal(journalled)
-        settling: asyncio.Task[None] | None = None
+        ready = list(batches(list(self._due(pending)), self._batch))
+        # While one is published, the next is journalled and the last one settled. No two share a document, so each one's order is kept.
+        steps = zip([*ready, [], []], [[], *ready, []], [[], [], *ready], strict=True)
         try:
-            for batch in batches(due, self._batch):
-                await self._publisher.publish([outgoing(entry) for one in batch for entry in one.entries])
-                if settling is not None:
-                    await settling
-                # The next batch is published meanwhile. No two batches share a document, so each one's order is kept.
-                settling = asyncio.create_task(self._settle(batch))
+            for next_, now, last in steps:
+                await _together(self._journal(next_), self._publish(now), self._settle(last))
         except Unavailable:
             self._batch = max(1, self._batch // 4)
             raise
-        finally:
-            if settling is not None:
-                await settling
         self._batch = min(BATCH, self._batch * 2)
-        return len(entries)
+        return sum(len(_entries(batch)) for batch in ready)
+
+    async def _journal(self, batch: list[Due]) -> None:
+        if entries := [entry for entry in _entries(batch) if entry["topic"] != ROUTES]:
+            await self._store.journal(entries)
+
+    async def _publish(self, batch: list[Due]) -> None:
+        if batch:
+            await self._publisher.publish([outgoing(entry) for entry in _entries(batch)])
 
     async def _settle(self, batch: list[Due]) -> None:
         """Take what was published out of the outboxes."""
+        if not batch:
+            return
         await self._store.settle([(one.collection, one.id, [id_of(entry) for entry in one.entries]) for one in batch])
-        entries = [entry for one in batch for entry in one.entries]
+        entries = _entries(batch)
         for (topic, type_), count in Counter(
             (e["topic"], e["headers"].get("ce_type", "route")) for e in entries
         ).items():

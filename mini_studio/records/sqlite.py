@@ -24,8 +24,8 @@ UNIQUE_FAILED = re.compile(r"UNIQUE constraint failed: (?:index '(\w+)'|([\w.]+)
 
 DOCUMENT = "version, outbox, doc"
 """A document's columns. Version and outbox stand beside the rest, so settling an outbox touches neither the rest nor its indexes."""
-MAX_VARIABLES = 500
-"""Ids in one query: SQLite's least limit is 999."""
+MAX_VARIABLES, MAX_ROWS = 500, 500
+"""Ids in one query, and rows in one statement: the least limits of the SQLite that Python brings are 999 and 32,766 variables."""
 JOURNAL_SCHEMA = """
 CREATE TABLE IF NOT EXISTS event_journal (
     position INTEGER PRIMARY KEY AUTOINCREMENT, event_id TEXT NOT NULL UNIQUE, key TEXT NOT NULL, stored BLOB NOT NULL);
@@ -90,7 +90,7 @@ class SqliteStore:
         return {id: _decode(*row) for id, *row in rows}
 
     async def put_all(self, collection: Collection, changes: Sequence[tuple[Document, int | None]]) -> list[bool]:
-        return await self._write(lambda db: [_put(db, collection, *change) for change in changes])
+        return await self._write(lambda db: _put_all(db, collection, changes))
 
     async def replace(self, collection: Collection, document: Document, version: int) -> bool:
         return await self._write(lambda db: _replace(db, collection, document, version))
@@ -130,10 +130,16 @@ class SqliteStore:
         return [(c, {"_id": id, "outbox": orjson.loads(outbox)}) for c, (id, outbox) in rows[:limit]]
 
     async def settle(self, settled: Sequence[tuple[Collection, str, Sequence[str]]]) -> None:
+        by_name: dict[str, list[tuple[str, Sequence[str]]]] = {}
+        for collection, id, event_ids in settled:
+            by_name.setdefault(collection.name, []).append((id, event_ids))
+
         def work(db: sqlite3.Connection) -> None:
-            for collection, id, event_ids in settled:
-                if not _settle_whole(db, collection, id, event_ids):
-                    _settle(db, collection, id, frozenset(event_ids))
+            for name, part in by_name.items():
+                whole = _settle_whole(db, name, part)
+                for id, event_ids in part:
+                    if id not in whole:
+                        _settle(db, name, id, frozenset(event_ids))
 
         await self._write(work)
 
@@ -145,10 +151,10 @@ class SqliteStore:
 
     async def journal(self, stored: Sequence[dict[str, Any]]) -> None:
         rows = [(entry["headers"]["ce_id"], entry["key"], orjson.dumps(entry)) for entry in stored]
-        sql = "INSERT INTO event_journal (event_id, key, stored) VALUES (?, ?, ?) ON CONFLICT (event_id) DO NOTHING"
+        sql = "INSERT INTO event_journal (event_id, key, stored) VALUES {rows} ON CONFLICT (event_id) DO NOTHING"
 
         def work(db: sqlite3.Connection) -> None:
-            db.executemany(sql, rows)
+            _at_once(db, sql, rows)
 
         await self._write(work)
 
@@ -345,36 +351,61 @@ def _replace(db: sqlite3.Connection, collection: Collection, document: Document,
     return bool(_unique(lambda: db.execute(sql, row)).rowcount == 1)
 
 
-def _put(db: sqlite3.Connection, collection: Collection, document: Document, version: int | None) -> bool:
-    try:
-        if version is not None:
-            return _replace(db, collection, document, version)
-        _insert(db, collection, document)
-    except DuplicateRecord:
-        return False
-    return True
+def _put_all(
+    db: sqlite3.Connection, collection: Collection, changes: Sequence[tuple[Document, int | None]]
+) -> list[bool]:
+    """Insert what has no version, and replace what still has its version; which were written."""
+    insert = (
+        f"INSERT INTO {collection.name} (version, pending, outbox, doc, id) VALUES {{rows}} "  # noqa: S608
+        "ON CONFLICT DO NOTHING RETURNING id"
+    )
+    replace = (
+        f"UPDATE OR IGNORE {collection.name} SET version = column1, pending = column2, outbox = column3, doc = column4 "  # noqa: S608
+        "FROM (VALUES {rows}) WHERE id = column5 AND version = column6 RETURNING id"
+    )
+    new = [(*_row(document), document["_id"]) for document, version in changes if version is None]
+    changed = [(*_row(document), document["_id"], version) for document, version in changes if version is not None]
+    inserted = {id for (id,) in _at_once(db, insert, new)}
+    replaced = {id for (id,) in _at_once(db, replace, changed)}
+    return [document["_id"] in (inserted if version is None else replaced) for document, version in changes]
 
 
-def _settle_whole(db: sqlite3.Connection, collection: Collection, id: str, event_ids: Sequence[str]) -> bool:
-    """Empty the outbox without reading it, if these are all its events; says whether it did.
+def _settle_whole(db: sqlite3.Connection, name: str, settled: Sequence[tuple[str, Sequence[str]]]) -> set[str]:
+    """Empty, without reading them, the outboxes that end with the last of these events; the ids of those documents.
 
-    Events are added at an outbox's end only, so one of that length with that last event holds these events and no others.
+    Events are added at an outbox's end only and published from its beginning, so there is no other in it.
     """
     sql = (
-        f"UPDATE {collection.name} SET version = version + 1, pending = 0, outbox = '[]' "  # noqa: S608
-        "WHERE id = ? AND json_array_length(outbox) = ? AND outbox ->> '$[#-1].headers.ce_id' = ?"
+        f"UPDATE {name} SET version = version + 1, pending = 0, outbox = '[]' FROM (VALUES {{rows}}) "  # noqa: S608
+        "WHERE id = column1 AND outbox ->> '$[#-1].headers.ce_id' = column2 RETURNING id"
     )
-    return bool(event_ids) and db.execute(sql, (id, len(event_ids), event_ids[-1])).rowcount == 1
+    rows = [(id, event_ids[-1]) for id, event_ids in settled if event_ids]
+    return {id for (id,) in _at_once(db, sql, rows)}
 
 
-def _settle(db: sqlite3.Connection, collection: Collection, id: str, event_ids: frozenset[str]) -> None:
-    row = db.execute(f"SELECT outbox FROM {collection.name} WHERE id = ?", (id,)).fetchone()  # noqa: S608
+def _settle(db: sqlite3.Connection, name: str, id: str, event_ids: frozenset[str]) -> None:
+    row = db.execute(f"SELECT outbox FROM {name} WHERE id = ?", (id,)).fetchone()  # noqa: S608
     if row is None:
         return
     left = [entry for entry in orjson.loads(row[0]) if entry["headers"]["ce_id"] not in event_ids]
     # The version moves, so a concurrent compare-and-set cannot bring the published events back.
-    sql = f"UPDATE {collection.name} SET version = version + 1, pending = ?, outbox = ? WHERE id = ?"  # noqa: S608
+    sql = f"UPDATE {name} SET version = version + 1, pending = ?, outbox = ? WHERE id = ?"  # noqa: S608
     db.execute(sql, (int(bool(left)), orjson.dumps(left).decode(), id))
+
+
+def _at_once(db: sqlite3.Connection, sql: str, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Run a statement over many `{rows}`, `MAX_ROWS` at a time; what it returns.
+
+    SQLite works without Python's global lock, but has to win it back after each statement and each row of `executemany`, which takes
+    5 ms while another thread computes.
+    """
+    found: list[tuple[Any, ...]] = []
+    for first in range(0, len(rows), MAX_ROWS):
+        part = rows[first : first + MAX_ROWS]
+        marks = f"({','.join('?' * len(part[0]))})"
+        statement = sql.format(rows=",".join([marks] * len(part)))
+        found += db.execute(statement, list(itertools.chain.from_iterable(part))).fetchall()
+    return found
 
 
 def _unique(write: Callable[[], sqlite3.Cursor]) -> sqlite3.Cursor:
