@@ -1,4 +1,4 @@
-"""How fast the consumers re-read a refilled log: `python benchmarks/catch_up.py DATA [EVENTS]`, on a *stopped* studio's data folder.
+"""How fast the consumers re-read a refilled log: `python -m benchmarks.catch_up DATA [EVENTS]`, on a *stopped* studio's data folder.
 
 Writes EVENTS (default 100,000) fine-tune events of finished jobs to the journal and their records to the store, then
 starts the studio and prints how long it takes until consumers `jobs` and `training` have handled all of them. Throw the
@@ -14,8 +14,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from histories import PER_JOB, history
-
+from benchmarks.histories import PER_JOB, history
 from events.types import new_id
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import fold

@@ -26,7 +26,7 @@ from typing import Any
 from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
 
-from benchmarks.catch_up import PER_JOB, history
+from benchmarks.histories import PER_JOB, history
 from benchmarks.publish import Stopwatch, Took, broker
 from consumers import jobs, routes
 from events.base import Cause, Envelope, Event

@@ -1,4 +1,4 @@
-"""From REST 201 to a subscriber: `python benchmarks/event_latency.py DATA [REQUESTS]`, against a running studio.
+"""From REST 201 to a subscriber: `python -m benchmarks.event_latency DATA [REQUESTS]`, against a running studio.
 
 A plain aiokafka subscriber notes when each DatasetUploaded arrives; the client notes when it has the 201.
 Prints the delay in ms (0 when the event was there before the answer was read), for a subscriber that waits as the

@@ -1,4 +1,4 @@
-"""What a running studio costs when nobody asks anything: `python benchmarks/idle.py DATA [SECONDS]`.
+"""What a running studio costs when nobody asks anything: `python -m benchmarks.idle DATA [SECONDS]`.
 
 Counts the studio's own processes (supervisor, guardian, broker, S3, API, relay, consumers); not Ray, not model servers.
 Prints resident memory in MB (as the system counts it, shared pages in each process, and proportional) and CPU in % of one core.

@@ -1,4 +1,4 @@
-"""From REST 201 to a job's user code: `python benchmarks/job_start.py DATA [JOBS]`, against a running studio in DATA.
+"""From REST 201 to a job's user code: `python -m benchmarks.job_start DATA [JOBS]`, against a running studio in DATA.
 
 Baseline, in the same run: the same Ray head, asked directly for a job that only notes the time. Jobs go one after another;
 the first one also pays for what a fresh Ray head has not started yet.

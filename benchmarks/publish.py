@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from aiokafka import AIOKafkaProducer
 
-from benchmarks.catch_up import history
+from benchmarks.histories import history
 from events.types import new_id
 from mini_studio import logs
 from mini_studio.bus.kafka import Outgoing, create_topics

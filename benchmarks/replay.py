@@ -1,4 +1,4 @@
-"""How fast, and in how much memory, a projection is rebuilt: `python benchmarks/replay.py NEW_FOLDER [EVENTS]`.
+"""How fast, and in how much memory, a projection is rebuilt: `python -m benchmarks.replay NEW_FOLDER [EVENTS]`.
 
 Journals EVENTS (default 1,000,000) events of finished jobs, 100 jobs at a time event by event, as jobs that run at once
 leave them. Then `replay jobs` rebuilds and inserts the job records, with its resident memory on the way. The baseline is
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import psutil
-from histories import PER_JOB, history
 
+from benchmarks.histories import PER_JOB, history
 from events.types import new_id
 from mini_studio.records.jobs import Job
 from mini_studio.records.shadow import shadow_of

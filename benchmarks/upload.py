@@ -1,4 +1,4 @@
-"""An upload against a raw copy: `python benchmarks/upload.py DATA [MEGABYTES]`, against a running studio in DATA.
+"""An upload against a raw copy: `python -m benchmarks.upload DATA [MEGABYTES]`, against a running studio in DATA.
 
 Baseline, in the same run: the same bytes over a loopback socket into a file, with SHA-256, by a process of its own.
 Both end on the disk (fsync). Prints both rates, their ratio, and how much the API's resident memory grew.
