@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import pytest
 
@@ -56,36 +56,36 @@ class PausedKafka:
         self.begin, self.end = kafka.pause, kafka.resume
 
 
-class KilledEmbedded:
-    """The launcher starts the broker again at once: it is killed as often as it comes up."""
+class EmbeddedAway:
+    """The launcher starts the broker again at once, or when it has kept silent for a while: each gets the signal as soon as it is up."""
+
+    SIGNAL: ClassVar[signal.Signals]
 
     def __init__(self, studio: Running) -> None:
         self._studio = studio
         self._over = threading.Event()
-        self._killer = threading.Thread(target=self._kill_on_sight, daemon=True)
+        self._thread = threading.Thread(target=self._signal_on_sight, daemon=True)
 
     def begin(self) -> None:
-        self._killer.start()
+        self._thread.start()
 
     def end(self) -> None:
         self._over.set()
-        self._killer.join()
+        self._thread.join()
+        signal_embedded(self._studio, signal.SIGCONT)
         wait_for(int(self._studio.bootstrap.rpartition(":")[2]), 60)
 
-    def _kill_on_sight(self) -> None:
+    def _signal_on_sight(self) -> None:
         while not self._over.wait(0.05):
-            signal_embedded(self._studio, signal.SIGKILL)
+            signal_embedded(self._studio, self.SIGNAL)
 
 
-class PausedEmbedded:
-    def __init__(self, studio: Running) -> None:
-        self._studio = studio
+class KilledEmbedded(EmbeddedAway):
+    SIGNAL = signal.SIGKILL
 
-    def begin(self) -> None:
-        signal_embedded(self._studio, signal.SIGSTOP)
 
-    def end(self) -> None:
-        signal_embedded(self._studio, signal.SIGCONT)
+class PausedEmbedded(EmbeddedAway):
+    SIGNAL = signal.SIGSTOP
 
 
 def signal_embedded(studio: Running, signum: int) -> None:
