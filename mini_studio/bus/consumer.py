@@ -21,12 +21,12 @@ from faststream import AckPolicy, FastStream
 from faststream.kafka import KafkaBroker, KafkaMessage
 
 from events.base import Envelope, Event
-from events.registry import BY_TYPE, decode
+from events.registry import BY_TYPE
 from events.topics import Topic
 from mini_studio.bus.delivery import Delivery, bound, no_decoding, parse, redriven_for, text_headers
 from mini_studio.bus.kafka import READERS, Publisher
 from mini_studio.bus.metrics import EVENTS_IN, HANDLER_SECONDS
-from mini_studio.bus.provenance import verify
+from mini_studio.bus.provenance import Journal, event_of
 from mini_studio.errors import StudioError
 from mini_studio.settings import Kafka
 
@@ -36,6 +36,8 @@ H = TypeVar("H", bound=Callable[[Envelope[Any], Any], Coroutine[Any, Any, None]]
 Handler = Callable[[Envelope[Any], Any], Coroutine[Any, Any, None]]
 Projector = Callable[[list[Envelope[Any]], Any], Coroutine[Any, Any, None]]
 Service = Callable[[Any], Coroutine[Any, Any, None]]
+Told = Sequence[tuple[Any, dict[str, str]]]
+"""The records of a batch, each with its text headers."""
 
 LONGEST_BATCH_S = 300.0
 """A batch that takes longer loses its partitions to another member, and would go round for ever."""
@@ -78,7 +80,7 @@ class Consumer:
 
         def register(handler: H) -> H:
             for event_type in types:
-                if event_type.TOPIC not in self.topics or event_type in self.handlers:
+                if event_type.TOPIC not in self.topics or event_type in self.handlers or self._projector:
                     raise ValueError(f"{self.name} cannot take {event_type.__name__} here")
                 self.handlers[event_type] = handler
             return handler
@@ -86,9 +88,12 @@ class Consumer:
         return register
 
     def projects(self, *types: type[Event]) -> Callable[[Projector], Projector]:
-        """Register the one handler of these types that takes whole batches, in order; it is a no-op on what it had before."""
+        """Register the one handler of all that the consumer takes, whole batches of it, in order; it is a no-op on what it had before."""
 
         def register(project: Projector) -> Projector:
+            if self.handlers:
+                raise ValueError(f"{self.name} has other handlers, which would not see what is in a batch")
+
             async def one(envelope: Envelope[Any], studio: Any) -> None:
                 await project([envelope], studio)
 
@@ -136,11 +141,6 @@ class Consumer:
         return broker
 
     def _handler(self, delivery: Delivery, studio: Any) -> Callable[[KafkaMessage], Awaitable[None]]:
-        async def one(record: Any, headers: dict[str, str]) -> None:
-            if self.wants(record, headers):
-                (envelope,) = await self._envelopes([(record, headers)], studio)
-                await self.deliver(envelope, studio)
-
         async def handle(message: KafkaMessage) -> None:
             records = cast("tuple[Any, ...]", message.raw_message)
             self.busy, self.touched_at = True, time.monotonic()
@@ -154,10 +154,17 @@ class Consumer:
                 self.busy, self.touched_at = False, time.monotonic()
 
         async def take(records: tuple[Any, ...]) -> None:
-            if not await self._project(records, delivery, studio):
+            every = ((record, text_headers(record)) for record in records)
+            told = [(record, headers) for record, headers in every if self.wants(record, headers)]
+            journal = await self._journal(told, delivery, studio)
+
+            async def one(record: Any, headers: dict[str, str]) -> None:
+                await self.deliver(event_of(record, headers, journal), studio)
+
+            if not await self._project(told, journal, delivery, studio):
                 with bound():
-                    for record in records:
-                        await delivery.deliver(record, one)
+                    for record, headers in told:
+                        await delivery.deliver(record, headers, one)
             delivery.forget(records)
 
         return handle
@@ -169,29 +176,29 @@ class Consumer:
         event_type = BY_TYPE.get(headers.get("ce_type", ""))
         return event_type is None or event_type in self.handlers or record.topic != event_type.TOPIC
 
-    async def _envelopes(self, told: Sequence[tuple[Any, dict[str, str]]], studio: Any) -> list[Envelope[Any]]:
-        """The events of records, given with their text headers, all of them as the journal has them. Raises `UndecodableEvent`."""
-        envelopes = [decode(record.key, headers, record.value) for record, headers in told]
-        journal = await studio.store.journalled([envelope.id for envelope in envelopes])
-        for (record, _), envelope in zip(told, envelopes, strict=True):
-            verify(record, envelope, journal)
-        return envelopes
+    async def _journal(self, told: Told, delivery: Delivery, studio: Any) -> Journal:
+        """What the journal has of the batch, in one read. While it cannot be read, the whole batch is put off."""
+        ids = [headers["ce_id"] for _, headers in told if "ce_id" in headers]
+        try:
+            journal: Journal = await studio.store.journalled(ids)
+        except Exception as error:
+            await delivery.put_off(delivery.count_failure(told[0][0]), f"the journal cannot be read: {error!r}")
+        return journal
 
-    async def _project(self, records: Sequence[Any], delivery: Delivery, studio: Any) -> bool:
+    async def _project(self, told: Told, journal: Journal, delivery: Delivery, studio: Any) -> bool:
         """Take the whole batch at once; False when something in it is wrong, so that each record gets its own verdict.
 
         What is only away for now is away for each of them: then the whole batch is put off.
         """
-        if self._projector is None or len(records) == 1:
+        if self._projector is None or len(told) < 2:
             return False
         try:
-            told = [(record, text_headers(record)) for record in records]
-            envelopes = await self._envelopes([(r, headers) for r, headers in told if self.wants(r, headers)], studio)
+            envelopes = [event_of(record, headers, journal) for record, headers in told]
             await self._projector(envelopes, studio)
         except Exception as error:
             if isinstance(error, StudioError) and error.retryable:
-                await delivery.put_off(delivery.count_failure(records[0]), error.message)
-            log.info("consumer.batch_taken_apart", consumer=self.name, records=len(records), reason=repr(error))
+                await delivery.put_off(delivery.count_failure(told[0][0]), error.message)
+            log.info("consumer.batch_taken_apart", consumer=self.name, records=len(told), reason=repr(error))
             return False
         for (topic, type_), count in Counter((e.topic, e.type) for e in envelopes).items():
             EVENTS_IN.labels(self.name, topic, type_).inc(count)

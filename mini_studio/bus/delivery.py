@@ -112,11 +112,10 @@ class Delivery:
         self.buried: set[Place] = set()
         """Records that are dead-lettered and not acknowledged yet."""
 
-    async def deliver(self, record: "ConsumerRecord[Any, Any]", handle: Handle) -> None:
-        """Have one record handled. Raises `NackMessage` when it is put off."""
+    async def deliver(self, record: "ConsumerRecord[Any, Any]", headers: dict[str, str], handle: Handle) -> None:
+        """Have one record handled, given with its text headers. Raises `NackMessage` when it is put off."""
         if self.buried and place(record) in self.buried:
             return
-        headers = text_headers(record)
         # The next record's replace them, and `bound` takes the last ones back: that is a third of the work.
         structlog.contextvars.bind_contextvars(
             consumer=self.consumer,

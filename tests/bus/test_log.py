@@ -22,7 +22,7 @@ from events.base import Cause, Envelope
 from events.fine_tuning import FineTuneRequested, FineTuneStarted
 from events.topics import Topic, dead_letter_topic
 from mini_studio.bus.consumer import Consumer, start_broker
-from mini_studio.bus.delivery import MAX_SURPRISES, Delivery
+from mini_studio.bus.delivery import MAX_SURPRISES, Delivery, text_headers
 from mini_studio.bus.kafka import Outgoing, Publisher, create_topics
 from mini_studio.bus.relay import BATCH, Relay, outgoing
 from mini_studio.errors import Unavailable
@@ -270,7 +270,7 @@ async def test_an_outage_does_not_use_up_the_surprises(studio: Studio, monkeypat
             raise error
 
         with pytest.raises(NackMessage):
-            await delivery.deliver(record, handle)
+            await delivery.deliver(record, text_headers(record), handle)
 
     for _ in range(MAX_SURPRISES + 1):
         await fails_with(Unavailable("away"))
