@@ -210,8 +210,11 @@ class Consumer:
         if handler is None:
             return
         seconds, handled = meters(self.name, envelope.topic, envelope.type)
-        with seconds.time():
+        began = time.perf_counter()
+        try:
             await handler(envelope, studio)
+        finally:
+            seconds.observe(time.perf_counter() - began)
         handled.inc()
 
     def app(self, broker: KafkaBroker) -> FastStream:

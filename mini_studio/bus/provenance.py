@@ -11,6 +11,7 @@ from aiokafka import ConsumerRecord
 from events.base import Envelope, Event
 from events.registry import UndecodableEvent, decode
 from mini_studio.bus.delivery import sent_headers
+from mini_studio.bus.relay import outgoing
 
 Journal = Mapping[str, dict[str, Any]]
 """Journal entries by event id."""
@@ -19,24 +20,21 @@ Journal = Mapping[str, dict[str, Any]]
 def event_of(record: "ConsumerRecord[Any, Any]", headers: Mapping[str, str], journal: Journal) -> Envelope[Event]:
     """The event of a record, given with its text headers. Raises `UndecodableEvent`: it is none, or did not come from the studio."""
     envelope = decode(record.key, headers, record.value)
-    verify(record, headers, envelope, journal)
+    verify(record, envelope, journal)
     return envelope
 
 
-def verify(
-    record: "ConsumerRecord[Any, Any]", headers: Mapping[str, str], envelope: Envelope[Any], journal: Journal
-) -> None:
+def verify(record: "ConsumerRecord[Any, Any]", envelope: Envelope[Any], journal: Journal) -> None:
     """Compare the record with its journal entry. Raises `UndecodableEvent`: it did not come from the studio."""
     stored = journal.get(envelope.id)
     if stored is None:
         raise UndecodableEvent(f"event {envelope.id!r} is not in the journal: it did not come from the studio")
-    sent = stored["headers"]
+    sent = outgoing(stored)
     parts = {
-        "topic": record.topic == stored["topic"],
-        "key": record.key == stored["key"].encode(),
-        # as text, which each of them is, if there are no more than those
-        "headers": len(sent_headers(record)) == len(sent) and all(headers.get(name) == sent[name] for name in sent),
-        "value": record.value == stored["value"].encode(),
+        "topic": record.topic == sent.topic,
+        "key": record.key == sent.key,
+        "headers": sent_headers(record) == sent.headers,
+        "value": record.value == sent.value,
     }
     if not all(parts.values()):
         wrong = " and ".join(name for name, same in parts.items() if not same)
