@@ -104,6 +104,6 @@ async def main(minutes: float, warm_up_minutes: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="tests.faults.steady", description=__doc__)
     parser.add_argument("minutes", type=float, nargs="?", default=30.0)
-    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes before the first sample")
+    parser.add_argument("--warm-up", type=float, default=25.0, help="minutes before the first sample")
     options = parser.parse_args()
     sys.exit(asyncio.run(main(options.minutes, options.warm_up)))
