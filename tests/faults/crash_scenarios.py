@@ -8,13 +8,19 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 from consumers.app import CONSUMERS
 from events.topics import Topic
 from events.types import derived_id
+from mini_studio.drivers.releases import RELEASE
 from tests.faults.crash_client import MANY_ROWS, MODEL, ROWS, Client, lines
 from tests.faults.crash_life import Died
 from tests.faults.standins import Seed
+
+ASYNC: dict[str, Any] = {"headers": {"Prefer": "respond-async"}}
 
 
 def upload(client: Client) -> None:
@@ -43,11 +49,16 @@ def look(client: Client) -> None:
     job = client.submit("second")["job"]["id"]
     client.get(f"/fine_tuning/jobs/{job}")
     client.get(f"/fine_tuning/jobs/client/{client.code}?limit=1&after={job}")
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    assert client.get(f"/fine_tuning/jobs/{job}?as_of={now}")["job"]["id"] == job
+    assert len(client.get(f"/fine_tuning/jobs/client/{client.code}?as_of={now}")["jobs"]) == 2
     client.get("/fine_tuning/cluster-status")
     client.get("/health")
     name = client.deploy()["deployment"]
     client.get(f"/inference/deployments/{name}")
     client.get(f"/inference/deployments?client_code={client.code}&limit=1")
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    assert client.get(f"/inference/deployments/{name}?as_of={now}")["deployment"]["name"] == name
 
 
 def train(*seeds: Seed) -> Callable[["Client"], None]:
@@ -150,6 +161,74 @@ def trouble(part: str, kind: str, *, buries: bool) -> Callable[["Client"], None]
     return run
 
 
+def backlog(client: Client) -> None:
+    """Events wait for the broker, more than one batch of them."""
+    client.world.outages.begin("publisher", "away")
+    client.upload()
+    client.upload("second")
+    client.pause(0.3)
+    client.world.outages.end("publisher")
+    client.until(lambda: len(client.mine("dataset_profiles")) == 2)
+
+
+def put_off(client: Client) -> None:
+    """Routes cannot be written for a moment, until more than one event waits for that."""
+    client.world.outages.begin("routes", "away")
+    client.deploy(**ASYNC)
+    client.until(lambda: [release["status"] for release in client.mine("releases")] == ["ready"])
+    before = client.world.said().count("delivery.put_off")
+    client.until(lambda: client.mine("routes") or client.world.said().count("delivery.put_off") > before + 1)
+    client.world.outages.end("routes")
+
+
+def contested(client: Client) -> None:
+    """Another member of the group writes every route first."""
+    client.world.outages.begin("routes-rival", "on")
+    client.deploy()
+    client.until(lambda: [deployment["status"] for deployment in client.mine("deployments")] == ["ready"])
+    client.world.outages.end("routes-rival")
+
+
+def handover(client: Client) -> None:
+    """Another member joins the group between two events."""
+    client.upload()
+    client.join("datasets")
+    client.upload("second")
+    client.until(lambda: len(client.mine("dataset_profiles")) == 2, 60)
+
+
+def bury(client: Client) -> None:
+    """The consumer cannot take the request, for a reason that goes away."""
+    if not client.buried(Topic.DEPLOYMENTS, "serving"):
+        client.world.outages.begin("releases", "broken")
+    client.deploy(**ASYNC)
+    client.until(lambda: client.buried(Topic.DEPLOYMENTS, "serving"))
+    client.world.outages.end("releases")
+
+
+def redrive(client: Client) -> None:
+    """A dead letter is looked at and put back, once: who does it again is told."""
+    bury(client)
+    id = client.letters("serving")[-1]["id"]
+    assert client.admin("GET", f"/{id}")["dead_letter"]["event_type"]
+    client.admin("POST", f"/{id}/redrive", 200, 409)
+    client.admin("POST", f"/{id}/redrive", 409)
+    assert client.admin("GET", f"/{id}")["dead_letter"]["state"] == "redriven"
+    client.until(lambda: [deployment["status"] for deployment in client.mine("deployments")] == ["ready"])
+
+
+def redrive_all(client: Client) -> None:
+    """A later request is taken before the first is put back, and with it what is no event, which is buried again."""
+    bury(client)
+    client.deploy("rescale", scale=2)
+    client.poison(Topic.DEPLOYMENTS, b"{not json")
+    client.until(lambda: client.letters("serving")[0]["subject"] == client.code)
+    client.admin("POST", "/redrive?consumer=serving")
+    asked = [letter for letter in client.letters("serving") if letter["subject"] != client.code]
+    assert {letter["state"] for letter in asked} == {"redriven"}
+    client.until(lambda: client.letters("serving")[0]["state"] == "open")
+
+
 def surprise(client: Client) -> None:
     """A handler runs into what nobody expected."""
     client.world.outages.begin("cluster", "broken")
@@ -192,6 +271,26 @@ def swept(client: Client) -> None:
     client.until(lambda: not any(id in file.name for file in client.world.data.rglob("ds_*.jsonl")))
 
 
+def left_over(client: Client) -> None:
+    """A deployment that was removed is applied once more, by a watcher that was slow."""
+    client.world.start()
+    name = client.deploy()["deployment"]
+    file = applied_as(name, client)
+    applied = file.read_bytes()
+    client.remove("remove", name)
+    client.until(lambda: [deployment["status"] for deployment in client.mine("deployments")] == ["removed"])
+    client.world.end()
+    file.write_bytes(applied)
+
+
+def taken_away(client: Client) -> None:
+    client.until(lambda: not applied_as(client.deploy()["deployment"], client).exists())
+
+
+def applied_as(name: str, client: Client) -> Path:
+    return client.world.data / "serving" / name / RELEASE
+
+
 def dropped(client: Client) -> None:
     """A job's record is gone in mid-training: what comes next of it finds the journal only."""
     client.world.start()
@@ -202,8 +301,15 @@ def dropped(client: Client) -> None:
     client.world.forget("jobs", job)
 
 
+def dropped_twice(client: Client) -> None:
+    """The same, and another member of the group rebuilds the record a moment before."""
+    dropped(client)
+    client.world.outages.begin("jobs-rival", "on")
+
+
 def rebuilt(client: Client) -> None:
     client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["succeeded"])
+    client.world.outages.end("jobs-rival")
 
 
 def doubled(client: Client) -> None:
@@ -234,6 +340,8 @@ class Scenario:
     run: Callable[[Client], None]
     before: Callable[[Client], None] | None = None
     """What is made of the world while nothing lives in it; the life begins after that."""
+    grouped: bool = False
+    """Whether it needs consumers that join their groups."""
 
 
 SCENARIOS = {
@@ -255,11 +363,18 @@ SCENARIOS = {
     "store away": Scenario(trouble("s3", "away", buries=False)),
     "store wrong": Scenario(trouble("s3", "wrong", buries=True)),
     "store broken": Scenario(trouble("s3", "broken", buries=True)),
-    "broker away": Scenario(trouble("publisher", "away", buries=False)),
+    "broker away": Scenario(backlog),
+    "put off": Scenario(put_off),
+    "contested": Scenario(contested),
+    "handover": Scenario(handover, grouped=True),
+    "redrive": Scenario(redrive),
+    "redrive all": Scenario(redrive_all),
     "surprise": Scenario(surprise),
     "start": Scenario(start, away),
     "sweep": Scenario(swept, orphan),
+    "left over": Scenario(taken_away, left_over),
     "dropped": Scenario(rebuilt, dropped),
+    "dropped twice": Scenario(rebuilt, dropped_twice),
     "doubled": Scenario(rebuilt, doubled),
     "stop": Scenario(stop),
     "whole": Scenario(whole),
