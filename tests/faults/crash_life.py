@@ -21,6 +21,7 @@ import httpx
 import uvicorn
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from api import server
 from api.app import create_app
 from api.server import HttpProtocol, Server
 from consumers.app import CONSUMERS
@@ -240,6 +241,7 @@ def _live(world: World) -> None:
         wiring.Studio = StandInStudio  # type: ignore[misc]
         wiring.SqliteStore = ContestedStore  # type: ignore[misc]
         delivery.BACKOFF_MIN_S = 0.02
+        server.LAST_CALL_S = 0.1
         relay.BATCH = 2  # so that a few events are more than one batch
         if not world.grouped:
             AIOKafkaConsumer.subscribe = _assign

@@ -175,7 +175,7 @@ def put_off(client: Client) -> None:
     """Routes cannot be written for a moment, until more than one event waits for that."""
     client.world.outages.begin("routes", "away")
     client.deploy(**ASYNC)
-    client.until(lambda: [release["status"] for release in client.mine("releases")] == ["ready"])
+    client.until(lambda: [(r["status"], r["outbox"]) for r in client.mine("releases")] == [("ready", [])])
     before = client.world.said().count("delivery.put_off")
     client.until(lambda: client.mine("routes") or client.world.said().count("delivery.put_off") > before + 1)
     client.world.outages.end("routes")
@@ -192,6 +192,7 @@ def contested(client: Client) -> None:
 def handover(client: Client) -> None:
     """Another member joins the group between two events."""
     client.upload()
+    client.until(lambda: client.mine("dataset_profiles"), 60)
     client.join("datasets")
     client.upload("second")
     client.until(lambda: len(client.mine("dataset_profiles")) == 2, 60)
