@@ -241,8 +241,7 @@ def _live(world: World) -> None:
         wiring.Studio = StandInStudio  # type: ignore[misc]
         wiring.SqliteStore = ContestedStore  # type: ignore[misc]
         delivery.BACKOFF_MIN_S = 0.02
-        server.LAST_CALL_S = 0.1
-        relay.BATCH = 2  # so that a few events are more than one batch
+        server.LAST_CALL_S, relay.BATCH = 0.1, 2  # a few events are more than one batch
         if not world.grouped:
             AIOKafkaConsumer.subscribe = _assign
         asyncio.run(_run(world))

@@ -180,11 +180,10 @@ def in_order(ways: list[Way]) -> list[Way]:
 def plan(ways: list[Way]) -> list[list[Way]]:
     """For each thing to be checked, the ways to do it."""
     by_point: dict[str, list[Way]] = {}
-    quick = {way.point for way in ways if not SCENARIOS[way.scenario].grouped}
+    alone = {way.point for way in ways if not SCENARIOS[way.scenario].grouped}
     for way in ways:
-        if SCENARIOS[way.scenario].grouped and way.point in quick:
-            continue
-        by_point.setdefault(way.point, []).append(way)
+        if not SCENARIOS[way.scenario].grouped or way.point not in alone:  # a group takes its time
+            by_point.setdefault(way.point, []).append(way)
     todo = [in_order(all) for all in by_point.values()]
     if length(short=0, full=1):
         for all in by_point.values():
@@ -207,9 +206,9 @@ def look_at_all(pool: Pool) -> tuple[list[Way], list[str]]:
 
 def kill_at_all(pool: Pool, todo: list[list[Way]], *, grouped: bool) -> Iterator[Verdict]:
     some = [[ways] for ways in todo if SCENARIOS[ways[0].scenario].grouped]
-    todo = [ways for ways in todo if [ways] not in some]
-    parts = [todo[at : at + TOGETHER] for at in range(0, len(todo), TOGETHER)]
-    some += [[next(ways for ways in todo if ways[0].point.startswith(start))] for start in GROUPED if grouped]
+    alone = [ways for ways in todo if [ways] not in some]
+    parts = [alone[at : at + TOGETHER] for at in range(0, len(alone), TOGETHER)]
+    some += [[next(ways for ways in alone if ways[0].point.startswith(start))] for start in GROUPED if grouped]
     running = [pool.apply_async(partial(kill_at, grouped=True), (part,)) for part in some]
     running += [pool.apply_async(kill_at, (part,)) for part in parts]
     for done, part in enumerate(running, 1):

@@ -280,8 +280,7 @@ class WaveringPublisher(Publisher):
 
 
 class ContestedStore(SqliteStore):
-    """The real store, but for outages of one collection, and for a rival: another process that does the same write a moment before, as
-    does a member of a group to whom the same batch was given."""
+    """The real store, but for outages of a collection and for its rival: another member that was given the same batch, and writes first."""
 
     OUTAGES: ClassVar[Outages]
 
