@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from consumers.app import CONSUMERS
 from events.topics import Topic, dead_letter_topic
+from mini_studio.bus.consumer import Consumer
 from tests.fakes.log import write
 from tests.faults.crash_life import World
 from tests.faults.history import Request
@@ -109,6 +111,20 @@ class Client:
         assert response.status_code == status, f"{path} was answered {response.status_code}: {response.text}"
         return response.json()
 
+    def admin(self, method: str, path: str, *allowed: int) -> Any:
+        """Something of the dead letters, as who runs the studio asks for it: in nobody's name."""
+        response = self.call(method, f"/admin/dead-letters{path}")
+        assert response.status_code in (allowed or (200,)), (
+            f"{path} was answered {response.status_code}: {response.text}"
+        )
+        return response.json()
+
+    def letters(self, consumer: str) -> list[dict[str, Any]]:
+        """What of this client is among the consumer's dead letters, newest first."""
+        found = self.admin("GET", f"?consumer={consumer}&state=all&limit=100")["dead_letters"]
+        mine = {self.code, *self.world.documents(self.code)["deployments"]}
+        return [letter for letter in found if letter["subject"] in mine]
+
     # --- what goes on elsewhere
 
     def mine(self, collection: str) -> list[dict[str, Any]]:
@@ -133,6 +149,11 @@ class Client:
         headers = [("ce_type", b"nonsense.v1"), ("broken", b"\xff\xfe"), ("ce_subject", self.code.encode())]
         bootstrap = self.world.settings.kafka.bootstrap
         self.world.apart(lambda: asyncio.run(write(bootstrap, topic, [(value, headers)], key=self.code.encode())))
+
+    def join(self, consumer: str) -> None:
+        """Have another member come into the consumer's group, take nothing, and leave."""
+        bootstrap = self.world.settings.kafka.bootstrap
+        self.world.apart(lambda: asyncio.run(_join(bootstrap, CONSUMERS[consumer])))
 
     def again(self, *topics: Topic) -> None:
         """Put every event of this client on the log a second time, as a relay does that died before it could settle them."""
@@ -179,3 +200,11 @@ async def _again(bootstrap: str, topics: tuple[Topic, ...], code: str) -> None:
 
 async def _count(bootstrap: str, topic: str, code: str) -> int:
     return sum(_is_of(record, code) for record in await read(bootstrap, topic))
+
+
+async def _join(bootstrap: str, consumer: Consumer) -> None:
+    member = AIOKafkaConsumer(
+        *consumer.topics, bootstrap_servers=bootstrap, group_id=consumer.group, enable_auto_commit=False
+    )
+    await member.start()
+    await member.stop()

@@ -21,17 +21,18 @@ import httpx
 import uvicorn
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from api import server
 from api.app import create_app
-from api.server import HttpProtocol
+from api.server import HttpProtocol, Server
 from consumers.app import CONSUMERS
 from consumers.app import run as run_consumers
 from mini_studio import logs, maintenance, wiring
-from mini_studio.bus import delivery
+from mini_studio.bus import delivery, relay
 from mini_studio.bus.kafka import create_topics
 from mini_studio.settings import Api, Kafka, Log, Serving, Settings, Training, Uploads
 from tests.fakes.broker import free_port, running_broker
 from tests.faults.history import History
-from tests.faults.standins import Outages, StandInStudio, Trainers, answer
+from tests.faults.standins import ContestedStore, Outages, StandInStudio, Trainers, answer
 
 PR_SET_PDEATHSIG = 1
 START_S = 20.0
@@ -221,7 +222,7 @@ def unfinished(documents: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
             found.append(f"deployments/{id} is not as its release")
         elif deployment["status"] not in ("ready", "failed", "removed"):
             found.append(f"deployments/{id} is {deployment['status']}")
-        elif route is None or (route["route"] or {}).get("status", "removed") != deployment["status"]:
+        elif route is None or route["revision"] != sum(deployment["applied"].values()):
             found.append(f"routes/{id} is not as its deployment")
     return found
 
@@ -234,11 +235,13 @@ def _live(world: World) -> None:
         log = os.open(world.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        StandInStudio.OUTAGES = world.outages
+        StandInStudio.OUTAGES = ContestedStore.OUTAGES = world.outages
         StandInStudio.ENDPOINT = f"http://127.0.0.1:{world.endpoint_port}"
         logs.configure(Log(format="json", level="warning"), "life")
         wiring.Studio = StandInStudio  # type: ignore[misc]
+        wiring.SqliteStore = ContestedStore  # type: ignore[misc]
         delivery.BACKOFF_MIN_S = 0.02
+        server.LAST_CALL_S, relay.BATCH = 0.1, 2  # a few events are more than one batch
         if not world.grouped:
             AIOKafkaConsumer.subscribe = _assign
         asyncio.run(_run(world))
@@ -255,14 +258,13 @@ def _assign(consumer: AIOKafkaConsumer, topics: Any = (), **_: Any) -> None:
 async def _run(world: World) -> None:
     settings = world.settings
     model_server = await asyncio.start_server(answer, "127.0.0.1", world.endpoint_port)
-    relay = asyncio.create_task(maintenance.relay(settings, None))
+    relaying = asyncio.create_task(maintenance.relay(settings, None))
     await asyncio.sleep(0)  # its signal handlers are the consumers' and the API's in a moment
     consuming = asyncio.create_task(run_consumers(list(CONSUMERS), settings, None))
-    config = uvicorn.Config(
-        create_app(settings), http=HttpProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=2
-    )
+    app = create_app(settings)
+    config = uvicorn.Config(app, http=HttpProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=2)
     with socket.create_server((settings.api.host, settings.api.port)) as listening:
-        serving = asyncio.create_task(uvicorn.Server(config).serve([listening]))
+        serving = asyncio.create_task(Server(config, app).serve([listening]))
         await asyncio.gather(consuming, serving)
-    relay.cancel()
+    relaying.cancel()
     model_server.close()

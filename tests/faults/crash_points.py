@@ -1,7 +1,7 @@
 """Kill -9 before and after every await of handlers, relay, consumers and reconcilers: `python -m tests.faults.crash_points`.
 
 First every scenario is done once, to see which points it passes. Then, for each point, a life is killed there, another one begins, the
-client repeats what was not answered, everything comes to its end, and tests/faults/checker.py looks for what was lost or done twice.
+client repeats what was not answered, everything comes to its end, and tests/faults/crash_checks.py looks for what was lost or done twice.
 Some points share a data folder and a broker, one after another; each has a client of its own, so a violation names its point.
 
 The full form (`MINI_STUDIO_TEST_LENGTH=full`) also kills at the second time that a point is passed, and in the whole scenario.
@@ -21,22 +21,14 @@ from functools import partial
 from multiprocessing.pool import Pool
 from pathlib import Path
 
-from events.topics import dead_letter_topic
 from tests.faults.board import BOARD
-from tests.faults.checker import collect
-from tests.faults.checker import violations as checked
-from tests.faults.crash_client import Client, read
+from tests.faults.crash_checks import violations
+from tests.faults.crash_client import Client
 from tests.faults.crash_life import Died, World, unfinished, world
 from tests.faults.crash_scenarios import SCENARIOS
-from tests.faults.failpoints import SIDES, points
-from tests.faults.history import read as read_history
+from tests.faults.failpoints import points
 from tests.faults.length import length
-from tests.faults.standins import starts
 
-UNREACHED = {
-    "mini_studio.records.projection:Projections._begin#3": "another process inserts the record between a look and an insert",
-}
-"""Awaits that no scenario passes, with what would have to happen."""
 WORKERS = 3
 """They wait more than they work."""
 TOGETHER = 16
@@ -81,8 +73,9 @@ class NotReached(Exception):
 def look(name: str) -> tuple[list[Way], str | None]:
     """One scenario, undisturbed: what it passes, and what went wrong even so."""
     BOARD.renew()
-    with folder() as made, world(made) as where:
-        client, scenario = Client(where, "look"), SCENARIOS[name]
+    scenario = SCENARIOS[name]
+    with folder() as made, world(made, grouped=scenario.grouped) as where:
+        client = Client(where, "look")
         if scenario.before:
             scenario.before(client)
             BOARD.passed()
@@ -167,39 +160,6 @@ def settle(where: World, code: str) -> None:
     where.wait(lambda: not unfinished(where.documents(code)), SETTLE_S)
 
 
-async def violations(where: World) -> list[tuple[str, str]]:
-    """What must hold and does not, each with the code of the client whose point it was."""
-    dump = await collect(where.settings)
-    if len(dump.not_events) == len(where.poisons):
-        dump.not_events = []
-    dump.dead = []  # the poison of the scenarios, which `lost_poison` looks up byte for byte
-    found = checked(dump, read_history(where.history_file))
-    found += [*submitted_twice(where), *await lost_poison(where)]
-    owners = {envelope.subject: envelope.client_code for envelope in dump.journal}
-    return [(next((code for subject, code in owners.items() if subject in text), ""), text) for text in found]
-
-
-def submitted_twice(where: World) -> Iterator[str]:
-    """Every attempt was one training."""
-    seen: set[tuple[str, str]] = set()
-    for start in starts(where.data):
-        attempt = (start["job_id"], start["attempt"])
-        if attempt in seen:
-            yield f"attempt {attempt[1]} of {attempt[0]} was started twice"
-        seen.add(attempt)
-
-
-async def lost_poison(where: World) -> list[str]:
-    """What is no event is among the dead letters of everyone who reads its topic, byte for byte."""
-    found = []
-    pairs = {(poisoned, reader) for poisoned, _ in where.poisons for reader in where.readers(poisoned)}
-    for topic, consumer in sorted(pairs):
-        dead = [r.value for r in await read(where.settings.kafka.bootstrap, dead_letter_topic(topic, consumer))]
-        missing = {value for on, value in where.poisons if on == topic} - set(dead)
-        found += [f"{value!r} is not among the dead letters of {consumer}" for value in missing]
-    return found
-
-
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix="crash-"))
@@ -220,8 +180,10 @@ def in_order(ways: list[Way]) -> list[Way]:
 def plan(ways: list[Way]) -> list[list[Way]]:
     """For each thing to be checked, the ways to do it."""
     by_point: dict[str, list[Way]] = {}
+    alone = {way.point for way in ways if not SCENARIOS[way.scenario].grouped}
     for way in ways:
-        by_point.setdefault(way.point, []).append(way)
+        if not SCENARIOS[way.scenario].grouped or way.point not in alone:  # a group takes its time
+            by_point.setdefault(way.point, []).append(way)
     todo = [in_order(all) for all in by_point.values()]
     if length(short=0, full=1):
         for all in by_point.values():
@@ -237,15 +199,16 @@ def look_at_all(pool: Pool) -> tuple[list[Way], list[str]]:
     for found, problem in pool.imap_unordered(look, SCENARIOS):
         ways += found
         problems += [problem] if problem else []
-    known = {way.point for way in ways} | {f"{name}:{side}" for name in UNREACHED for side in SIDES}
-    problems += [f"{p}: no scenario of tests/faults/crash_scenarios.py passes it" for p in points() if p not in known]
-    problems += [f"{p}: UNREACHED names it, and the code does not have it" for p in sorted(known - set(points()))]
+    passed = {way.point for way in ways}
+    problems += [f"{p}: no scenario of tests/faults/crash_scenarios.py passes it" for p in points() if p not in passed]
     return ways, problems
 
 
 def kill_at_all(pool: Pool, todo: list[list[Way]], *, grouped: bool) -> Iterator[Verdict]:
-    parts = [todo[at : at + TOGETHER] for at in range(0, len(todo), TOGETHER)]
-    some = [[next(ways for ways in todo if ways[0].point.startswith(start))] for start in GROUPED if grouped]
+    some = [[ways] for ways in todo if SCENARIOS[ways[0].scenario].grouped]
+    alone = [ways for ways in todo if [ways] not in some]
+    parts = [alone[at : at + TOGETHER] for at in range(0, len(alone), TOGETHER)]
+    some += [[next(ways for ways in alone if ways[0].point.startswith(start))] for start in GROUPED if grouped]
     running = [pool.apply_async(partial(kill_at, grouped=True), (part,)) for part in some]
     running += [pool.apply_async(kill_at, (part,)) for part in parts]
     for done, part in enumerate(running, 1):

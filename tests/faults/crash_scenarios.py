@@ -8,13 +8,20 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 from consumers.app import CONSUMERS
 from events.topics import Topic
 from events.types import derived_id
+from mini_studio.drivers.releases import RELEASE
+from mini_studio.records.projection import timestamp
 from tests.faults.crash_client import MANY_ROWS, MODEL, ROWS, Client, lines
 from tests.faults.crash_life import Died
 from tests.faults.standins import Seed
+
+ASYNC: dict[str, Any] = {"headers": {"Prefer": "respond-async"}}
 
 
 def upload(client: Client) -> None:
@@ -43,11 +50,16 @@ def look(client: Client) -> None:
     job = client.submit("second")["job"]["id"]
     client.get(f"/fine_tuning/jobs/{job}")
     client.get(f"/fine_tuning/jobs/client/{client.code}?limit=1&after={job}")
+    now = timestamp(datetime.now(UTC))
+    assert client.get(f"/fine_tuning/jobs/{job}?as_of={now}")["job"]["id"] == job
+    assert len(client.get(f"/fine_tuning/jobs/client/{client.code}?as_of={now}")["jobs"]) == 2
     client.get("/fine_tuning/cluster-status")
     client.get("/health")
     name = client.deploy()["deployment"]
     client.get(f"/inference/deployments/{name}")
     client.get(f"/inference/deployments?client_code={client.code}&limit=1")
+    now = timestamp(datetime.now(UTC))
+    assert client.get(f"/inference/deployments/{name}?as_of={now}")["deployment"]["name"] == name
 
 
 def train(*seeds: Seed) -> Callable[["Client"], None]:
@@ -106,8 +118,8 @@ def tuned(client: Client) -> None:
 
 def troubled(client: Client) -> None:
     """One that the driver refuses, one that never starts, and one that stops answering, fails and comes back."""
-    client.deploy("refused", "refused-model", allowed=[500])
-    client.deploy("slow", "slow", allowed=[200, 500])  # it may have failed by the time that it is asked for again
+    client.deploy("refused", "refused-model", allowed=[202, 500])  # a slow machine may answer before it knows
+    client.deploy("slow", "slow", allowed=[200, 202, 500])  # it may have failed by the time that it is asked for again
     name = client.deploy()["deployment"]
     folder = client.world.data / "serving" / name
     for state, status in (("failed", "failed"), ("ready", "ready"), ("starting", "failed"), ("ready", "ready")):
@@ -148,6 +160,75 @@ def trouble(part: str, kind: str, *, buries: bool) -> Callable[["Client"], None]
         client.until(lambda: client.mine("dataset_profiles"))
 
     return run
+
+
+def backlog(client: Client) -> None:
+    """Events wait for the broker, more than one batch of them."""
+    client.world.outages.begin("publisher", "away")
+    client.upload()
+    client.upload("second")
+    client.pause(0.3)
+    client.world.outages.end("publisher")
+    client.until(lambda: len(client.mine("dataset_profiles")) == 2)
+
+
+def put_off(client: Client) -> None:
+    """Routes cannot be written for a moment, until more than one event waits for that."""
+    client.world.outages.begin("routes", "away")
+    client.deploy(**ASYNC)
+    client.until(lambda: [(r["status"], r["outbox"]) for r in client.mine("releases")] == [("ready", [])])
+    before = client.world.said().count("delivery.put_off")
+    client.until(lambda: client.mine("routes") or client.world.said().count("delivery.put_off") > before + 1)
+    client.world.outages.end("routes")
+
+
+def contested(client: Client) -> None:
+    """Another member of the group writes every route first."""
+    client.world.outages.begin("routes-rival", "on")
+    client.deploy()
+    client.until(lambda: [deployment["status"] for deployment in client.mine("deployments")] == ["ready"])
+    client.world.outages.end("routes-rival")
+
+
+def handover(client: Client) -> None:
+    """Another member joins the group between two events."""
+    client.upload()
+    client.until(lambda: client.mine("dataset_profiles"), 60)
+    client.join("datasets")
+    client.upload("second")
+    client.until(lambda: len(client.mine("dataset_profiles")) == 2, 60)
+
+
+def bury(client: Client) -> None:
+    """The consumer cannot take the request, for a reason that goes away. Done again, it finds what was buried before."""
+    if not client.buried(Topic.DEPLOYMENTS, "serving"):
+        client.world.outages.begin("releases", "broken")
+    client.deploy(**ASYNC)
+    client.until(lambda: client.buried(Topic.DEPLOYMENTS, "serving"))
+    client.world.outages.end("releases")
+
+
+def redrive(client: Client) -> None:
+    """A dead letter is looked at and put back, once: who does it again is told."""
+    bury(client)
+    id = client.letters("serving")[-1]["id"]
+    assert client.admin("GET", f"/{id}")["dead_letter"]["event_type"]
+    client.admin("POST", f"/{id}/redrive", 200, 409)
+    client.admin("POST", f"/{id}/redrive", 409)
+    assert client.admin("GET", f"/{id}")["dead_letter"]["state"] == "redriven"
+    client.until(lambda: [deployment["status"] for deployment in client.mine("deployments")] == ["ready"])
+
+
+def redrive_all(client: Client) -> None:
+    """A later request is taken before the first is put back, and with it what is no event, which is buried again."""
+    bury(client)
+    client.deploy("rescale", scale=2)
+    client.poison(Topic.DEPLOYMENTS, b"{not json")
+    client.until(lambda: client.letters("serving")[0]["subject"] == client.code)
+    client.admin("POST", "/redrive?consumer=serving")
+    asked = [letter for letter in client.letters("serving") if letter["subject"] != client.code]
+    assert {letter["state"] for letter in asked} == {"redriven"}
+    client.until(lambda: client.letters("serving")[0]["state"] == "open")
 
 
 def surprise(client: Client) -> None:
@@ -192,6 +273,28 @@ def swept(client: Client) -> None:
     client.until(lambda: not any(id in file.name for file in client.world.data.rglob("ds_*.jsonl")))
 
 
+def left_over(client: Client) -> None:
+    """A deployment that was removed is applied once more, by a watcher that was slow."""
+    client.world.start()
+    name = client.deploy()["deployment"]
+    file = applied_as(name, client)
+    applied = file.read_bytes()
+    client.remove("remove", name)
+    client.until(lambda: [deployment["status"] for deployment in client.mine("deployments")] == ["removed"])
+    client.world.end()
+    file.write_bytes(applied)
+
+
+def taken_away(client: Client) -> None:
+    """Asked for before, so this asks for nothing again."""
+    client.until(lambda: not applied_as(client.deploy()["deployment"], client).exists())
+
+
+def applied_as(name: str, client: Client) -> Path:
+    """Where the driver keeps the release."""
+    return client.world.data / "serving" / name / RELEASE
+
+
 def dropped(client: Client) -> None:
     """A job's record is gone in mid-training: what comes next of it finds the journal only."""
     client.world.start()
@@ -202,8 +305,15 @@ def dropped(client: Client) -> None:
     client.world.forget("jobs", job)
 
 
+def rebuilt_elsewhere(client: Client) -> None:
+    """The same, and another member of the group rebuilds the record first."""
+    dropped(client)
+    client.world.outages.begin("jobs-rival", "on")
+
+
 def rebuilt(client: Client) -> None:
     client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["succeeded"])
+    client.world.outages.end("jobs-rival")
 
 
 def doubled(client: Client) -> None:
@@ -234,6 +344,8 @@ class Scenario:
     run: Callable[[Client], None]
     before: Callable[[Client], None] | None = None
     """What is made of the world while nothing lives in it; the life begins after that."""
+    grouped: bool = False
+    """Whether its consumers have to join their groups."""
 
 
 SCENARIOS = {
@@ -255,11 +367,18 @@ SCENARIOS = {
     "store away": Scenario(trouble("s3", "away", buries=False)),
     "store wrong": Scenario(trouble("s3", "wrong", buries=True)),
     "store broken": Scenario(trouble("s3", "broken", buries=True)),
-    "broker away": Scenario(trouble("publisher", "away", buries=False)),
+    "broker away": Scenario(backlog),
+    "put off": Scenario(put_off),
+    "contested": Scenario(contested),
+    "handover": Scenario(handover, grouped=True),
+    "redrive": Scenario(redrive),
+    "redrive all": Scenario(redrive_all),
     "surprise": Scenario(surprise),
     "start": Scenario(start, away),
     "sweep": Scenario(swept, orphan),
+    "left over": Scenario(taken_away, left_over),
     "dropped": Scenario(rebuilt, dropped),
+    "rebuilt elsewhere": Scenario(rebuilt, rebuilt_elsewhere),
     "doubled": Scenario(rebuilt, doubled),
     "stop": Scenario(stop),
     "whole": Scenario(whole),

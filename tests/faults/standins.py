@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,8 @@ from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec, ReleaseState, 
 from mini_studio.drivers.releases import RELEASE, held_in, hold, plan
 from mini_studio.errors import Conflict, Invalid, Refused, Unavailable
 from mini_studio.files import replace_file
+from mini_studio.records.sqlite import SqliteStore
+from mini_studio.records.store import Collection, Document
 from mini_studio.wiring import Studio
 from workloads.specs import (
     CURRENT_ATTEMPT,
@@ -275,6 +277,24 @@ class WaveringPublisher(Publisher):
         batch: list[Outgoing] = list(records)
         self.outages.raise_for("dead-letters" if batch and batch[0].topic.endswith(".dead") else "publisher")
         await super().publish(batch)
+
+
+class ContestedStore(SqliteStore):
+    """The real store, but for outages of a collection and for its rival: another member that was given the same batch, and writes first."""
+
+    OUTAGES: ClassVar[Outages]
+
+    async def insert(self, collection: Collection, document: Document) -> None:
+        self.OUTAGES.raise_for(collection.name)
+        if self.OUTAGES.on(f"{collection.name}-rival"):
+            await super().insert(collection, document)
+        await super().insert(collection, document)
+
+    async def put_all(self, collection: Collection, changes: Sequence[tuple[Document, int | None]]) -> list[bool]:
+        self.OUTAGES.raise_for(collection.name)
+        if self.OUTAGES.on(f"{collection.name}-rival"):
+            await super().put_all(collection, changes)
+        return await super().put_all(collection, changes)
 
 
 class StandInStudio(Studio):
