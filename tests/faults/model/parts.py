@@ -265,14 +265,28 @@ def repeatable(files: dict[str, Any], replaced: Sequence[tuple[Any, str, Any]] =
     async def at_once(call: Any, *args: Any) -> Any:
         return call(*args)
 
+    async def one_by_one(*works: Any, return_exceptions: bool) -> list[Any]:
+        """What runs side by side may as well run one behind another."""
+        assert return_exceptions
+        ends = []
+        try:
+            for work in works:
+                try:
+                    ends.append(await work)
+                except Exception as error:
+                    ends.append(error)
+        finally:
+            for work in works:
+                work.close()  # a search drops most threads in the middle
+        return ends
+
     patches = [
         (Envelope, "of", classmethod(_told_by_content)),
         (TrainingRun, "begin_attempt", token_by_attempt),
         (training_runs, "datetime", SimpleNamespace(now=lambda _: datetime.fromtimestamp(0, UTC))),
         (routes, "datetime", _Clock),
         (projection, "asyncio", SimpleNamespace(to_thread=at_once)),
-        # what runs beside the next publish may as well run behind it
-        (relay, "asyncio", SimpleNamespace(create_task=lambda work: work, Event=asyncio.Event)),
+        (relay, "asyncio", SimpleNamespace(gather=one_by_one, Event=asyncio.Event)),
         (training, "asyncio", SimpleNamespace(to_thread=to_thread)),
         (training, "time", SimpleNamespace(time=lambda: NOW)),
         (serving, "time", SimpleNamespace(time=lambda: NOW)),
