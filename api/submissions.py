@@ -1,6 +1,5 @@
 """What a submission does behind its handler: take bytes in, tie keys to requests, write the record with its event."""
 
-import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable
@@ -32,9 +31,8 @@ R = TypeVar("R")
 @contextlib.asynccontextmanager
 async def receiving(studio: Studio) -> AsyncIterator[Intake]:
     """Bytes on their way into both stores, under an id of their own: nothing stays of them if the context fails."""
-    # The S3 client's library takes a second or more to load, in which nobody else would be answered.
-    stores = await asyncio.to_thread(lambda: studio.intake)
-    async with stores.receive(new_id("ds")) as intake:
+    await studio.load_s3()
+    async with studio.intake.receive(new_id("ds")) as intake:
         yield intake
 
 

@@ -77,9 +77,7 @@ async def examine(envelope: Envelope[DatasetUploaded], studio: Studio) -> Datase
     uploaded = envelope.data
     key = key_of(uploaded.dfs_path)
     damaged = []
-    # The S3 client's library takes seconds to load on a busy machine, in which no heartbeat would leave.
-    s3 = await asyncio.to_thread(lambda: studio.s3)
-    for name, store in (("shared file system", studio.dfs), ("S3", s3)):
+    for name, store in (("shared file system", studio.dfs), ("S3", await studio.load_s3())):
         if await digest(store.read(key)) != uploaded.sha256:
             damaged.append(f"the copy on {name} ({store.location(key)}) is missing or not what was uploaded")
     message = "; ".join(damaged) + ": upload the dataset again." if damaged else None

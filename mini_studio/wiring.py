@@ -85,6 +85,10 @@ class Studio:
 
         return S3Store(self.settings.s3)
 
+    async def load_s3(self) -> "S3Store":
+        """`s3`, whose library takes seconds to load on a busy machine, in which nobody would be answered and no heartbeat would leave."""
+        return await asyncio.to_thread(lambda: self.s3)
+
     @cached_property
     def intake(self) -> DatasetIntake:
         return DatasetIntake(self.dfs, self.s3, self.settings.uploads)

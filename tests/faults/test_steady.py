@@ -26,7 +26,7 @@ async def test_memory_and_descriptors_stay_flat(studio: Running) -> None:
 
     A consumer's last such step comes after a thousand turns of its watcher, one a second: the long form warms up for longer.
     """
-    warm_up, minutes = length(short=0.5, full=25), length(short=2, full=30)
+    warm_up, minutes = length(short=0.5, full=25), length(short=1.5, full=30)
     most = length(short=60, full=1)
     series, load = await measure(studio, minutes, warm_up)
     print("\n".join(each.line() for each in series))
