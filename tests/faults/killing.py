@@ -43,7 +43,7 @@ def parts(studio: Running) -> list[Kind]:
 
 
 def ray(studio: Running) -> list[Kind]:
-    """What a Ray head consists of."""
+    """What a Ray head consists of: seldom enough that a head lives long enough to train something between two deaths."""
     words = {
         "ray head": "ray.scripts.scripts start --head",
         "raylet": "raylet/raylet",
@@ -51,7 +51,7 @@ def ray(studio: Running) -> list[Kind]:
         "dashboard": "ray/dashboard/dashboard.py",
         "trainer": "-m workloads.train",
     }
-    return [Kind(name, finder(studio, text), 0.6) for name, text in words.items()]
+    return [Kind(name, finder(studio, text), 0.3) for name, text in words.items()]
 
 
 def launcher(studio: Running, then: Callable[[], None]) -> Kind:
