@@ -1,11 +1,13 @@
 """A whole embedded studio under a light, steady load: does any of its processes keep growing?
 
-`python -m tests.faults.steady [MINUTES]` prints one line per process: the slope of its resident memory by least squares over what was
-sampled after the warm-up, with its standard error, and its file descriptors then and now.
+`python -m tests.faults.steady [MINUTES]` prints one line per process: the slope of its resident memory over what was sampled after
+the warm-up, and its file descriptors then and now.
 """
 
 import argparse
 import asyncio
+import itertools
+import statistics
 import sys
 import tempfile
 import time
@@ -38,19 +40,18 @@ class Series:
     rss_mib: list[float] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
 
-    def slope(self) -> tuple[float, float]:
-        """MiB/h by least squares, and its standard error as if the samples were independent."""
-        n = len(self.hours)
-        mean_x, mean_y = sum(self.hours) / n, sum(self.rss_mib) / n
-        spread = sum((x - mean_x) ** 2 for x in self.hours)
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(self.hours, self.rss_mib, strict=True)) / spread
-        rest = [y - mean_y - slope * (x - mean_x) for x, y in zip(self.hours, self.rss_mib, strict=True)]
-        return slope, float((sum(r * r for r in rest) / (n - 2) / spread) ** 0.5)
+    def slope(self) -> float:
+        """MiB/h: the median of the slopes between any two samples (Theil and Sen).
+
+        A single step moves it not at all, and there are such: Python's allocator takes a MiB at once, and the table of interned
+        strings, which every path's parts go through, is made anew once it is full. What leaks moves every slope.
+        """
+        samples = list(zip(self.hours, self.rss_mib, strict=True))
+        return statistics.median((y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in itertools.combinations(samples, 2))
 
     def line(self) -> str:
-        slope, error = self.slope()
         return (
-            f"steady: {self.name:<9} {slope:+8.2f} MiB/h (+-{error:.2f}), {self.rss_mib[0]:.1f} -> {self.rss_mib[-1]:.1f} MiB, "
+            f"steady: {self.name:<9} {self.slope():+8.2f} MiB/h, {self.rss_mib[0]:.1f} -> {self.rss_mib[-1]:.1f} MiB, "
             f"descriptors {min(self.descriptors)} to {max(self.descriptors)}, last {self.descriptors[-1]}"
         )
 
@@ -104,6 +105,6 @@ async def main(minutes: float, warm_up_minutes: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="tests.faults.steady", description=__doc__)
     parser.add_argument("minutes", type=float, nargs="?", default=30.0)
-    parser.add_argument("--warm-up", type=float, default=25.0, help="minutes before the first sample")
+    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes before the first sample")
     options = parser.parse_args()
     sys.exit(asyncio.run(main(options.minutes, options.warm_up)))

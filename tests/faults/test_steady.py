@@ -10,7 +10,7 @@ from tests.fakes.running import Running
 from tests.faults.length import length
 from tests.faults.steady import measure
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(4500)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture
@@ -22,18 +22,14 @@ def studio(tmp_path: Path) -> Iterator[Running]:
 
 
 async def test_memory_and_descriptors_stay_flat(studio: Running) -> None:
-    """In two minutes an allocator's steps of a few hundred KiB look like tens of MiB/h: the short form finds only what grows fast.
-
-    A consumer's last such step comes after a thousand turns of its watcher, one a second: the long form warms up for longer.
-    """
-    warm_up, minutes = length(short=0.5, full=25), length(short=1.5, full=30)
+    """In two minutes an allocator's steps of a few hundred KiB look like tens of MiB/h: the short form finds only what grows fast."""
+    warm_up, minutes = length(short=0.5, full=10), length(short=1.5, full=30)
     most = length(short=60, full=1)
     series, load = await measure(studio, minutes, warm_up)
     print("\n".join(each.line() for each in series))
     assert {each.name for each in series} >= {"api", "relay", "datasets", "training", "serving", "jobs", "routes"}
     assert load.failures == []
     for each in series:
-        slope, error = each.slope()
-        assert slope - 2 * error < most, each.line()
+        assert each.slope() < most, each.line()
         half = len(each.descriptors) // 2
         assert max(each.descriptors[half:]) <= max(each.descriptors[:half]) + 3, each.line()
