@@ -365,6 +365,7 @@ SCENARIOS = {
     "poison": Scenario(poison),
     "no dead letters": Scenario(no_dead_letters),
     "store away": Scenario(trouble("s3", "away", buries=False)),
+    "journal away": Scenario(trouble("journal", "away", buries=False)),
     "store wrong": Scenario(trouble("s3", "wrong", buries=True)),
     "store broken": Scenario(trouble("s3", "broken", buries=True)),
     "broker away": Scenario(backlog),

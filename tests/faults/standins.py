@@ -280,7 +280,10 @@ class WaveringPublisher(Publisher):
 
 
 class ContestedStore(SqliteStore):
-    """The real store, but for outages of a collection and for its rival: another member that was given the same batch, and writes first."""
+    """The real store, but for outages of a collection or the journal, and for a collection's rival.
+
+    That is another member of the group, which was given the same batch, and writes first.
+    """
 
     OUTAGES: ClassVar[Outages]
 
@@ -295,6 +298,10 @@ class ContestedStore(SqliteStore):
         if self.OUTAGES.on(f"{collection.name}-rival"):
             await super().put_all(collection, changes)
         return await super().put_all(collection, changes)
+
+    async def journalled(self, event_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        self.OUTAGES.raise_for("journal")
+        return await super().journalled(event_ids)
 
 
 class StandInStudio(Studio):
