@@ -92,9 +92,18 @@ def restore(stored: Mapping[str, Any]) -> Envelope[Event]:
     return decode(stored["key"].encode(), stored["headers"], stored["value"].encode())
 
 
+def _not_json(constant: str) -> None:
+    """Python reads NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_not_json)
+"""Made once: `json.loads` makes a new one whenever it is told something, which takes longer than to read an event."""
+
+
 def _json_object(value: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(value, parse_constant=_not_json)
+        data = _DECODER.decode(value.decode())
     except RecursionError:
         raise UndecodableEvent("the value is nested too deeply") from None
     except ValueError as error:
@@ -104,9 +113,8 @@ def _json_object(value: bytes) -> dict[str, Any]:
     return data
 
 
-def _not_json(constant: str) -> None:
-    """Python reads NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"{constant} is no number of JSON")
+_OF_ANY = Envelope[Any]
+"""Looked up once."""
 
 
 def _envelope(headers: Mapping[str, str], event_class: type[Event], data: dict[str, Any]) -> Envelope[Event]:
@@ -114,7 +122,7 @@ def _envelope(headers: Mapping[str, str], event_class: type[Event], data: dict[s
     if source != event_class.SOURCE:
         raise UndecodableEvent(f"{event_class.TYPE} may not come from source {headers.get('ce_source')!r}")
     try:
-        envelope: Envelope[Event] = Envelope[Any](
+        envelope: Envelope[Event] = _OF_ANY(
             id=headers.get("ce_id", ""),
             source=Source(source),
             type=event_class.TYPE,
