@@ -10,8 +10,7 @@ from aiokafka import ConsumerRecord
 
 from events.base import Envelope, Event
 from events.registry import UndecodableEvent, decode
-from mini_studio.bus.delivery import sent_headers
-from mini_studio.bus.relay import outgoing
+from mini_studio.bus.delivery import redriven_for
 
 Journal = Mapping[str, dict[str, Any]]
 """Journal entries by event id."""
@@ -20,21 +19,25 @@ Journal = Mapping[str, dict[str, Any]]
 def event_of(record: "ConsumerRecord[Any, Any]", headers: Mapping[str, str], journal: Journal) -> Envelope[Event]:
     """The event of a record, given with its text headers. Raises `UndecodableEvent`: it is none, or did not come from the studio."""
     envelope = decode(record.key, headers, record.value)
-    verify(record, envelope, journal)
+    verify(record, headers, envelope, journal)
     return envelope
 
 
-def verify(record: "ConsumerRecord[Any, Any]", envelope: Envelope[Any], journal: Journal) -> None:
+def verify(
+    record: "ConsumerRecord[Any, Any]", headers: Mapping[str, str], envelope: Envelope[Any], journal: Journal
+) -> None:
     """Compare the record with its journal entry. Raises `UndecodableEvent`: it did not come from the studio."""
     stored = journal.get(envelope.id)
     if stored is None:
         raise UndecodableEvent(f"event {envelope.id!r} is not in the journal: it did not come from the studio")
-    sent = outgoing(stored)
+    sent, value = list(stored["headers"].items()), stored["value"]
+    added = 0 if redriven_for(record) is None else 1
     parts = {
-        "topic": record.topic == sent.topic,
-        "key": record.key == sent.key,
-        "headers": sent_headers(record) == sent.headers,
-        "value": record.value == sent.value,
+        "topic": record.topic == stored["topic"],
+        "key": record.key == stored["key"].encode(),
+        # As many, and all of them text: comparing that costs half of what comparing bytes does.
+        "headers": len(record.headers) == len(sent) + added and list(headers.items())[: len(sent)] == sent,
+        "value": record.value == (None if value is None else value.encode()),
     }
     if not all(parts.values()):
         wrong = " and ".join(name for name, same in parts.items() if not same)
