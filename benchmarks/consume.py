@@ -201,8 +201,8 @@ def note(ratios: dict[str, list[float]], name: str, took: Took, base: Took) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bootstrap", help="a running Apache Kafka; without it, an embedded broker is started")
-    parser.add_argument("--jobs", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     logs.configure(Log(), "benchmark")
     with broker(args.bootstrap) as kafka:
