@@ -12,7 +12,6 @@ import signal
 import socket
 import sqlite3
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from mini_studio.bus import delivery, relay
 from mini_studio.bus.kafka import create_topics
 from mini_studio.settings import Api, Kafka, Log, Serving, Settings, Training, Uploads
 from tests.fakes.broker import free_port, running_broker
+from tests.faults.at_rest import moving
 from tests.faults.history import History
 from tests.faults.standins import ContestedStore, Outages, StandInStudio, Trainers, answer
 
@@ -198,33 +198,11 @@ def world(folder: Path, *, grouped: bool = False) -> Iterator[World]:
 
 
 def unfinished(documents: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """What is still on its way: it must come to an end by itself."""
+    """What is still on its way, and what has still to be published."""
     found = [
         f"{name}/{id} has events to publish" for name, all in documents.items() for id, d in all.items() if d["outbox"]
     ]
-    deciders = {"datasets": ("dataset_profiles", "datasets"), "jobs": ("training_runs", "training")}
-    for projection, (decider, source) in {**deciders, "deployments": ("releases", "serving")}.items():
-        for id, record in documents[projection].items():
-            decided = documents[decider].get(id, defaultdict(int))
-            if not decided["sequence"] or record["applied"].get(source) != decided["sequence"]:
-                found.append(f"{projection}/{id} has not followed {source}")
-    found += [
-        f"jobs/{id} has not ended"
-        for id, job in documents["jobs"].items()
-        if job["status"] not in ("succeeded", "failed")
-    ]
-    for id, deployment in documents["deployments"].items():
-        release, route = documents["releases"].get(id), documents["routes"].get(id)
-        if release is None or (release["generation"], release["status"]) != (
-            deployment["generation"],
-            deployment["status"],
-        ):
-            found.append(f"deployments/{id} is not as its release")
-        elif deployment["status"] not in ("ready", "failed", "removed"):
-            found.append(f"deployments/{id} is {deployment['status']}")
-        elif route is None or route["revision"] != sum(deployment["applied"].values()):
-            found.append(f"routes/{id} is not as its deployment")
-    return found
+    return found + moving(documents)
 
 
 def _live(world: World) -> None:

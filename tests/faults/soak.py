@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mini_studio.drivers.catalogue import ModelCatalogue
-from mini_studio.records.deployments import Deployment
 from mini_studio.records.jobs import Job
 from mini_studio.settings import Settings
 from mini_studio.wiring import COLLECTIONS, open_studio
@@ -27,6 +26,7 @@ from tests.fakes.jobs_server import JobsServer
 from tests.fakes.real_kafka import RealKafka
 from tests.fakes.running import Running
 from tests.faults import killing
+from tests.faults.at_rest import moving
 from tests.faults.chaos_load import MODEL, Load
 from tests.faults.checker import collect, violations
 from tests.faults.history import History, read
@@ -37,7 +37,6 @@ SUBMITS, TRAININGS, KILLS, MINUTES = 1000, 20, 200, 10
 QUICK_SHARE = 0.65
 """Of the time, for the stretch with quick trainers."""
 CLIENTS = 10
-AT_REST = ("ready", "failed", "removed")
 OVER_S = 120.0
 SAY_EVERY_S = 10.0
 QUICK = {
@@ -188,10 +187,10 @@ class Soak:
                 f"{name}: {len(left)} not over {self.plan.over_s:.0f} s after the last kill: {few} ..."
             )
         limit = time.time() + self.plan.over_s
-        while (moving := asyncio.run(self.moving())) and time.time() < limit:
+        while (restless := asyncio.run(self.moving())) and time.time() < limit:
             time.sleep(1)
-        if moving:
-            self.report.violations.append(f"{name}: still moving: {moving}")
+        if restless:
+            self.report.violations.append(f"{name}: still moving: {restless[:5]}")
 
     async def unfinished(self) -> list[str]:
         async with open_studio(self.settings) as studio:
@@ -199,12 +198,12 @@ class Soak:
         return [job["_id"] for job in jobs if job["status"] not in ("succeeded", "failed")]
 
     async def moving(self) -> list[str]:
-        """What has events to publish, or is not yet as wanted."""
+        """What has events to publish, is not yet as wanted, or is not followed yet."""
         async with open_studio(self.settings) as studio:
             pending = await studio.store.pending(COLLECTIONS, 1000)
-            deployments = await studio.store.find(Deployment.COLLECTION, {}, limit=10_000)
+            records = {c.name: await studio.store.find(c, {}, limit=10_000_000) for c in COLLECTIONS}
         outboxes = [f"outbox of {collection.name}/{document['_id']}" for collection, document in pending]
-        return outboxes + [f"deployment {d['name']}: {d['status']}" for d in deployments if d["status"] not in AT_REST]
+        return outboxes + moving({name: {d["_id"]: d for d in found} for name, found in records.items()})
 
     async def check(self) -> list[str]:
         dump = await collect(self.settings)
