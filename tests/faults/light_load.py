@@ -18,7 +18,7 @@ class Load:
     """Calls every few milliseconds until told to stop."""
 
     def __init__(self, url: str, every_s: float = 0.25, submit_every_s: float = 0.25) -> None:
-        self._every_s, self._submit_every_s = every_s, submit_every_s
+        self.every_s, self.submit_every_s = every_s, submit_every_s
         self._client = httpx.AsyncClient(base_url=url, timeout=60, trust_env=False)
         self._numbers = itertools.count()
         self._datasets: list[str] = []
@@ -39,14 +39,16 @@ class Load:
     async def run(self, until: asyncio.Event) -> None:
         """Each kind of request goes on its own."""
         kinds = [self.upload, self.infer, self.stream, self.look]
-        repeating = [self._repeat(kind, self._every_s, until) for kind in kinds]
-        await asyncio.gather(self._repeat(self.submit, self._submit_every_s, until), *repeating)
+        repeating = [self._repeat(kind, lambda: self.every_s, until) for kind in kinds]
+        await asyncio.gather(self._repeat(self.submit, lambda: self.submit_every_s, until), *repeating)
         await self._client.aclose()
 
-    async def _repeat(self, call: Callable[[], Awaitable[Any]], every_s: float, until: asyncio.Event) -> None:
+    async def _repeat(
+        self, call: Callable[[], Awaitable[Any]], every_s: Callable[[], float], until: asyncio.Event
+    ) -> None:
         while not until.is_set():
             await call()
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(every_s())
 
     async def upload(self) -> None:
         answer = await self.ask(

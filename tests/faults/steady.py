@@ -22,6 +22,11 @@ from tests.fakes.running import Running
 from tests.faults.light_load import Load
 
 SAMPLE_S = 5.0
+EVERY_S, WARM_UP_EVERY_S = 1.0, 0.05
+"""Between two requests of a kind. The warm-up is quick, for what is full only after thousands of requests: a table of interned strings,
+a cache, the allocator's first arenas."""
+SETTLE_S = 10.0
+"""After the warm-up, for the consumers to have followed."""
 NAMES = {
     "mini_studio.cli api": "api",
     "mini_studio.cli relay": "relay",
@@ -71,10 +76,12 @@ def processes(studio: Running) -> dict[int, str]:
 async def measure(studio: Running, minutes: float, warm_up_minutes: float) -> tuple[list[Series], Load]:
     """Sample for `minutes` after the warm-up. Raises when a process ends meanwhile."""
     # Nothing trains here: every submit stays in the queue, which the training consumer reads again and again.
-    load, over = Load(studio.url, every_s=1.0, submit_every_s=30.0), asyncio.Event()
+    load, over = Load(studio.url, every_s=WARM_UP_EVERY_S, submit_every_s=30.0), asyncio.Event()
     await load.deploy()
     running = asyncio.create_task(load.run(over))
     await asyncio.sleep(warm_up_minutes * 60)
+    load.every_s = EVERY_S
+    await asyncio.sleep(SETTLE_S)
     watched = {psutil.Process(pid): Series(name) for pid, name in sorted(processes(studio).items())}
     began = time.monotonic()
     while time.monotonic() < began + minutes * 60:
@@ -105,6 +112,6 @@ async def main(minutes: float, warm_up_minutes: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="tests.faults.steady", description=__doc__)
     parser.add_argument("minutes", type=float, nargs="?", default=30.0)
-    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes before the first sample")
+    parser.add_argument("--warm-up", type=float, default=5.0, help="minutes of quick requests before the first sample")
     options = parser.parse_args()
     sys.exit(asyncio.run(main(options.minutes, options.warm_up)))

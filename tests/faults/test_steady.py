@@ -22,8 +22,8 @@ def studio(tmp_path: Path) -> Iterator[Running]:
 
 
 async def test_memory_and_descriptors_stay_flat(studio: Running) -> None:
-    """In two minutes an allocator's steps of a few hundred KiB look like tens of MiB/h: the short form finds only what grows fast."""
-    warm_up, minutes = length(short=0.5, full=10), length(short=1.5, full=30)
+    """In a minute an allocator's steps of a few hundred KiB look like tens of MiB/h: the short form finds only what grows fast."""
+    warm_up, minutes = length(short=0.3, full=5), length(short=1, full=30)
     most = length(short=60, full=1)
     series, load = await measure(studio, minutes, warm_up)
     print("\n".join(each.line() for each in series))
