@@ -29,7 +29,7 @@ from tests.faults.crash_scenarios import SCENARIOS
 from tests.faults.failpoints import points
 from tests.faults.length import length
 
-WORKERS = 4
+WORKERS = 6
 """They wait more than they work."""
 TOGETHER = 16
 """Points that share a data folder."""

@@ -298,11 +298,13 @@ def applied_as(name: str, client: Client) -> Path:
 def dropped(client: Client) -> None:
     """A job's record is gone in mid-training: what comes next of it finds the journal only."""
     client.world.start()
+    client.world.outages.begin("training-end", "on")  # however slow this machine is, more is to come
     job = client.submit("hangs", Seed.HANGS)["job"]["id"]
     client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["running"])
     client.pause(0.1)  # until that is acknowledged
     client.world.end()
     client.world.forget("jobs", job)
+    client.world.outages.end("training-end")
 
 
 def rebuilt_elsewhere(client: Client) -> None:

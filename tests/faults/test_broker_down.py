@@ -27,7 +27,7 @@ from tests.faults.history import History
 from tests.faults.length import length
 from tests.faults.load import Answer, Load
 
-DOWN_S = length(short=20, full=600)
+DOWN_S = length(short=15, full=600)
 PER_SECOND = length(short=10, full=20)
 WARM_UP_S = 8
 NOTICED_S, LEFT_S = 5, 60

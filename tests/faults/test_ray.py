@@ -30,12 +30,15 @@ from mini_studio.wiring import Studio, open_studio
 from tests.consumers.cases import envelope, eventually
 from tests.fakes.ray_head import RayHead, command_line, running_head, stub_trainer
 from tests.fakes.running import ROWS
+from tests.faults.length import length
 from workloads.specs import MANIFEST, PROGRESS, WEIGHTS, Manifest, Progress
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 
 LOST_AFTER_S = 10.0
 ORPHAN_S = 30.0
+PARTS = ["raylet/raylet", "gcs_server"][: int(length(short=1, full=2))]
+"""What of a head is killed. Without its store it goes the same way as without its raylet."""
 RAY_S = 60.0
 """How long Ray may take to be there again, on a busy machine."""
 
@@ -204,7 +207,7 @@ async def test_a_head_that_dies_and_comes_back_empty(head: RayHead, studio: Stud
     succeeded_at_the_next_attempt(await over(studio, id), first, studio)
 
 
-@pytest.mark.parametrize("part", ["raylet/raylet", "gcs_server"])
+@pytest.mark.parametrize("part", PARTS)
 async def test_a_part_of_the_head_that_dies_is_not_running_for_ever(head: RayHead, studio: Studio, part: str) -> None:
     id = await requested(studio)
     first = await in_training(studio, id)

@@ -10,7 +10,7 @@ from tests.fakes import real_kafka
 from tests.faults.length import length
 
 ROOT = Path(__file__).resolve().parents[2]
-MINUTES = length(short=1, full=10)
+MINUTES = length(short=0.5, full=10)
 OVER_S = length(short=300, full=120)
 """`make soak` promises 120 s; a machine that runs other tests as well may take longer."""
 LIMIT_S = MINUTES * 60 * 3 + 4 * OVER_S + 300
