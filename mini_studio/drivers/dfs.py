@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import re
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +16,8 @@ CHUNK = 1024 * 1024
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}(/[A-Za-z0-9][A-Za-z0-9._-]{0,200}){0,8}")
 PARTIAL = ".partial-"
 """Prefix of files that are being written; the sweep deletes old ones."""
+LISTED = 500
+"""Files that are looked at in one go."""
 
 
 class DfsWriter:
@@ -64,18 +67,29 @@ class DfsStore:
         await asyncio.to_thread(self._path(key).unlink, missing_ok=True)
 
     async def list(self, prefix: str) -> AsyncIterator[tuple[str, int, float]]:
-        for path in await asyncio.to_thread(lambda: sorted(self._root.rglob("*"))):
-            key = path.relative_to(self._root).as_posix()
-            if key.startswith(prefix):
-                with contextlib.suppress(FileNotFoundError):
-                    found = path.stat()
-                    if path.is_file():
-                        yield key, found.st_size, found.st_mtime
+        """A few at a time: what is stored may be more than should be held in memory, and a slow disk holds up nobody else."""
+        entries = _files(str(self._root))
+        while some := await asyncio.to_thread(lambda: list(itertools.islice(entries, LISTED))):
+            for path, found in some:
+                key = os.path.relpath(path, self._root)
+                if key.startswith(prefix):
+                    yield key, found.st_size, found.st_mtime
 
     def _path(self, key: str) -> Path:
         if not KEY.fullmatch(key) and not Path(key).name.startswith(PARTIAL):
             raise Invalid(f"not a blob key: {key[:100]!r}")
         return self._root / key
+
+
+def _files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    """All below the folder, each folder's in any order."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    yield entry.path, entry.stat()
 
 
 def _open_partial(path: Path) -> BinaryIO:
