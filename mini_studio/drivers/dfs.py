@@ -87,7 +87,7 @@ def _files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from _files(entry.path)
-            else:
+            elif entry.is_file():
                 with contextlib.suppress(FileNotFoundError):
                     yield entry.path, entry.stat()
 
