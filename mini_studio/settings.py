@@ -109,8 +109,56 @@ class Training(BaseModel):
     )
 
 
+class Kubernetes(BaseModel):
+    """What the Kubernetes driver needs; used with `serving.driver` `kubernetes`."""
+
+    namespace: str = Field("mini-studio-models", description="Namespace of the model servers' objects.")
+    kubeconfig: Path | None = Field(
+        None, description="Kubeconfig file; by default the pod's own service account, else the usual kubeconfig."
+    )
+    request_timeout_s: float = Field(10.0, gt=0, description="Longest wait for one answer of the API server.")
+    max_requests: int = Field(8, ge=1, description="Calls to the API server at the same time.")
+    runtime: Literal["vllm", "studio"] = Field(
+        "vllm", description="The model server: vLLM on GPUs, or the studio's own on CPUs."
+    )
+    vllm_image: str = Field("vllm/vllm-openai:v0.33.0", description="Image of vLLM's API server, by tag or digest.")
+    server_image: str = Field(
+        "mini-studio-server:0.1.0", description="Image of the studio's own model server (target `server`)."
+    )
+    image_pull_secrets: list[str] = Field([], description="Names of the secrets that pull these images.")
+    models_claim: str = Field(
+        "mini-studio-models", description="Claim of the models root, mounted read-only at the same path as here."
+    )
+    cache_claim: str | None = Field(
+        None,
+        description="Claim that model servers share as cache of hub models; by default each has its own, for its life.",
+    )
+    cache_size: str = Field("50Gi", description="Most that a model server's own cache may hold.")
+    cpu: str = Field("2", description="CPU that one replica asks for.")
+    memory: str = Field("8Gi", description="Memory that one replica asks for, and its limit.")
+    gpu_resource: str = Field("nvidia.com/gpu", description="What a GPU is called in a pod's limits.")
+    node_selector: dict[str, str] = Field({}, description="Labels of the nodes that run model servers.")
+    tolerations: list[dict[str, str]] = Field([], description="Taints of those nodes, as pods tolerate them.")
+    gateway_namespace: str = Field("mini-studio", description="Namespace of the gateway's pods.")
+    gateway_labels: dict[str, str] = Field(
+        {"app.kubernetes.io/name": "mini-studio", "app.kubernetes.io/component": "gateway"},
+        description="Labels of the only pods that may reach model servers.",
+    )
+    hub_egress: list[str] = Field(
+        [], description="Address ranges that servers of hub models may reach on port 443, such as 0.0.0.0/0."
+    )
+    endpoint: str = Field(
+        "http://{name}.{namespace}.svc:8000", description="Where the gateway reaches the Service of a deployment."
+    )
+    prometheus: str = Field(
+        "http://prometheus-server.monitoring.svc", description="The Prometheus that scrapes the gateways, for KEDA."
+    )
+    scale_poll_s: int = Field(5, ge=1, description="How often KEDA looks at a deployment's load.")
+    scale_down_s: int = Field(300, ge=0, description="Silence after which replicas are taken away.")
+
+
 class Serving(BaseModel):
-    driver: Literal["local_process"] = Field("local_process", description="What runs the model servers.")
+    driver: Literal["local_process", "kubernetes"] = Field("local_process", description="What runs the model servers.")
     poll_s: float = Field(1.0, gt=0, description="How often the reconciler compares desired and observed state.")
     ready_timeout_s: float = Field(900.0, gt=0, description="Time from applied to ready before a deployment fails.")
     threads: int = Field(
@@ -119,6 +167,7 @@ class Serving(BaseModel):
         description="CPU threads of a local model server; tiny models use one.",
     )
     max_restarts: int = Field(5, ge=1, description="Crashes in a row after which a local deployment fails.")
+    kubernetes: Kubernetes = Field(default_factory=Kubernetes)
 
 
 class Log(BaseModel):
