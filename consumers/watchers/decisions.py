@@ -153,7 +153,7 @@ def reported(
 def _as_seen(release: Release, seen: ReleaseReport, now: float) -> Release | None:
     match seen.state:
         case ReleaseState.READY:
-            return release.ready(seen.generation, seen.endpoints, seen.message or None)
+            return release.ready(seen.generation, seen.endpoints, seen.replicas, seen.message or None)
         case ReleaseState.FAILED:
             return release.fail(seen.generation, seen.message)
         case ReleaseState.STARTING:

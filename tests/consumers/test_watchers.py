@@ -1,6 +1,7 @@
 """What the watchers make of trainers, clusters and servers that misbehave. Records and attempt folders are real, nobody else is."""
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -289,6 +290,18 @@ async def test_a_crashed_server_is_reported_and_so_is_its_return(studio: Studio,
     await serving.reconcile(studio)
     names = ("applied", "ready", "applied", "ready")
     assert told(await release_of(studio, request)) == [f"deployment.{name}.v1" for name in names]
+
+
+async def test_every_change_of_scale_is_reported_once(studio: Studio, servers: FakeServingDriver) -> None:
+    request = await released(studio)
+    for replicas in (1, 3, 3, 0, 1):
+        await serving.reconcile(studio)
+        servers.scale(request.name, replicas)
+        await serving.reconcile(studio)
+    release = await release_of(studio, request)
+    ready = [json.loads(entry["value"]) for entry in release.outbox if entry["headers"]["ce_type"].endswith("ready.v1")]
+    assert [event["replicas"] for event in ready] == [1, 3, 0, 1]
+    assert {tuple(event["endpoints"]) for event in ready} == {(servers.endpoint,)}
 
 
 async def test_a_server_that_crashes_after_long_service_is_starting_not_late(
