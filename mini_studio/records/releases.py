@@ -59,6 +59,11 @@ class Release(Decider):
         reset: dict[str, Any] = {"status": DeploymentStatus.DEPLOYING, **_SILENT, "message": None}
         return self.model_copy(update={**desired, **reset, "wanted": True, "request": event})
 
+    @property
+    def may_sleep(self) -> bool:
+        """Whether having no replica is a state that it was asked for."""
+        return self.request.scale.min_replicas == 0
+
     def _current(self, generation: int) -> bool:
         return generation == self.generation and not self.settled
 
