@@ -161,15 +161,16 @@ class Pod:
             )
 
     def _placed(self, text: str) -> str:
-        """An argument or variable that may name a folder of an empty volume: that is a folder here."""
+        """An argument or variable as it is here, if it names a path in an empty volume: that is a folder of the pod's."""
         empty = {volume["name"] for volume in self._pod["spec"].get("volumes", ()) if "emptyDir" in volume}
-        for mount in self._container.get("volumeMounts", ()):
-            head, found, tail = text.partition(mount["mountPath"])
-            if found and mount["name"] in empty and head in ("", head.partition("=")[0] + "="):
-                own = self._folder / mount["name"]
-                own.mkdir(exist_ok=True)
-                return f"{head}{own}{tail}"
-        return text
+        option, equals, path = text.partition("=") if text.startswith("--") else ("", "", text)
+        inside = [m for m in self._container.get("volumeMounts", ()) if f"{path}/".startswith(f"{m['mountPath']}/")]
+        mount = max(inside, key=lambda mount: len(mount["mountPath"]), default=None)
+        if mount is None or mount["name"] not in empty:
+            return text
+        own = self._folder / mount["name"]
+        own.mkdir(exist_ok=True)
+        return f"{option}{equals}{own}{path.removeprefix(mount['mountPath'])}"
 
     async def _let_go(self, exited: "asyncio.Task[int]") -> None:
         """preStop pause, SIGTERM, and SIGKILL when the grace period is over. It may answer until the end."""
