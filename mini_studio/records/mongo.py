@@ -266,8 +266,11 @@ class MongoStore:
 
     @contextlib.asynccontextmanager
     async def _exchange(self) -> AsyncIterator[Any]:
-        """The database, for one exchange with it. What takes too long, or will pass, is `Unavailable`."""
-        with _outages():
+        """The database, for one exchange with it. What takes too long, or will pass, is `Unavailable`.
+
+        The driver counts from here, not from when one of its threads is free: a thread leaves at once what nobody waits for any more.
+        """
+        with _outages(), pymongo.timeout(self._timeout_s):
             async with asyncio.timeout(self._timeout_s + GRACE_S):
                 if not self._checked:
                     await self._check()
@@ -293,8 +296,8 @@ class MongoStore:
         if self._client is None:
             wait_ms = int(self._timeout_s * 1000)
             self._client = AsyncIOMotorClient(
-                self._url, appname="mini-studio", maxPoolSize=CONNECTIONS, timeoutMS=wait_ms,
-                serverSelectionTimeoutMS=wait_ms, connectTimeoutMS=wait_ms, retryReads=True, retryWrites=True,
+                self._url, appname="mini-studio", maxPoolSize=CONNECTIONS, retryReads=True, retryWrites=True,
+                serverSelectionTimeoutMS=wait_ms, connectTimeoutMS=wait_ms,
             )  # fmt: skip
         return self._client.get_database(
             self._name, read_preference=ReadPreference.PRIMARY, write_concern=WriteConcern("majority", j=True)
