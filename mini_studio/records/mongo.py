@@ -2,10 +2,10 @@
 
 **The journal.** Its positions are the entries' `_id`s, without gaps, and nobody allots them: a writer inserts behind the last
 entry it knows of, in order, and the unique `_id` lets one of several win; the others look where the end is now and go on from
-there. So an entry is inserted only when the one before it can be read. Whatever is killed or frozen, between whichever steps,
-what stands in the journal is whole up to its end and grows at its end alone: a reader behind a position misses nothing, and no
-lease has to run out. It also keeps the order of two relays that journal the same outbox: either inserts an event only when the
-one before it is there. Why not a counter: docs/decisions/0006.
+there. So an entry is inserted only when the one before it is there to stay. Whatever is killed or frozen, between whichever
+steps, what stands in the journal is whole up to its end and grows at its end alone: a reader behind a position misses nothing,
+and no lease has to run out. It also keeps the order of two relays that journal the same outbox: either inserts an event only
+when the one before it is there. Why no counter and no lease: docs/decisions/0006-*.
 
 It is the only module that imports motor; PyMongo's own asyncio client is motor's successor.
 """
@@ -34,6 +34,9 @@ BATCH = 500
 GRACE_S = 0.3
 """What the driver has over its own timeout to say what was wrong, before the caller is told that there is no answer."""
 PREPARE_S = 3600
+TURN_S = 10.0
+"""How long a journal's writer goes on without its turn while others have theirs; only relays wait for it."""
+PAUSE_MIN_S, PAUSE_MAX_S = 0.005, 0.2
 CONNECTIONS = 50
 SETTLE_TRIES = 50
 DUPLICATE = 11000
@@ -51,7 +54,7 @@ class MongoStore:
         self._client: Any = None
         self._checked = False
         self._end = 0
-        """Position of the last entry of the journal that is known here."""
+        """Position of the last entry of the journal that is known here: acknowledged by a majority, so no failover takes it back."""
 
     async def prepare(self) -> None:
         with _outages(), pymongo.timeout(PREPARE_S):
@@ -180,29 +183,29 @@ class MongoStore:
             await self._append(lacking[first : first + BATCH])
 
     async def _append(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Insert behind the end, wherever that is by now; raises `Unavailable` when others are faster for too long."""
+        """Insert behind the end, wherever that is by now; raises `Unavailable` when it is never its turn."""
         clock = asyncio.get_running_loop().time
-        deadline = clock() + self._timeout_s
-        while entries:
-            taken = await self._insert_behind(self._end, entries)
-            if taken is None:
-                self._end += len(entries)
-                return
+        deadline, pause_s = clock() + TURN_S, PAUSE_MIN_S
+        while (taken := await self._insert_behind(self._end, entries)) is not None:
             done = taken["index"]
             self._end += done
+            if _index_of(taken) != "_id_":  # another relay was faster with this very event
+                entries = entries[done + 1 :]
+                continue
             entries = entries[done:]
             if done:
-                deadline = clock() + self._timeout_s
-            if _index_of(taken) != "_id_":  # another relay was faster with this very event
-                entries = entries[1:]
-                continue
-            if clock() > deadline:
+                deadline, pause_s = clock() + TURN_S, PAUSE_MIN_S
+            elif clock() > deadline:
                 raise Unavailable("the journal is being written by too many at once")
-            await asyncio.sleep(random.uniform(0, 0.01))
-            self._end = await self._last()
+            await asyncio.sleep(random.uniform(0, pause_s))
+            pause_s = min(pause_s * 2, PAUSE_MAX_S)
+            self._end = await self.journal_end()
+        self._end += len(entries)
 
     async def _insert_behind(self, position: int, entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         """Insert them in order; what stood against the first that could not be, if one could not."""
+        if not entries:
+            return None
         rows = [_journalled(position + n, entry) for n, entry in enumerate(entries, start=1)]
         async with self._exchange() as db:
             try:
@@ -213,11 +216,12 @@ class MongoStore:
 
     async def read_journal(self, *, after: int = 0, limit: int = 1000, key: str | None = None) -> list[JournalEntry]:
         where: dict[str, Any] = {"_id": {"$gt": after}} if key is None else {"key": key, "_id": {"$gt": after}}
-        found = await self._read(JOURNAL, where, limit=limit, sort=[("_id", 1)], read_concern="majority")
+        found = await self._read(JOURNAL, where, limit=limit, sort=[("_id", 1)], majority=True)
         return [JournalEntry(row["_id"], row["event_id"], row["stored"]) for row in found]
 
     async def journal_end(self) -> int:
-        return await self._last("majority")
+        found = await self._read(JOURNAL, {}, limit=1, sort=[("_id", -1)], part={"_id": 1}, majority=True)
+        return found[0]["_id"] if found else 0
 
     async def journalled(self, event_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         found = await self._read_some(JOURNAL, "event_id", event_ids)
@@ -226,11 +230,6 @@ class MongoStore:
     async def aclose(self) -> None:
         if self._client is not None:
             self._client.close()
-
-    async def _last(self, read_concern: str = "local") -> int:
-        """Readers see what cannot be rolled back. Writers take the newest: what stands behind it cannot last without it."""
-        found = await self._read(JOURNAL, {}, limit=1, sort=[("_id", -1)], part={"_id": 1}, read_concern=read_concern)
-        return found[0]["_id"] if found else 0
 
     async def _read_some(
         self, name: str, field: str, values: Sequence[str], part: Mapping[str, int] | None = None
@@ -249,15 +248,16 @@ class MongoStore:
         limit: int,
         sort: Sequence[tuple[str, int]] = (),
         part: Mapping[str, int] | None = None,
-        read_concern: str = "local",
+        majority: bool = False,
     ) -> list[Document]:
-        """In as many exchanges as it takes."""
+        """In as many exchanges as it takes. `majority`: only what no failover takes back."""
         found: list[Document] = []
         cursor: Any = None
         while True:
             async with self._exchange() as db:
                 if cursor is None:
-                    collection = db[name].with_options(read_concern=ReadConcern(read_concern))
+                    concern = ReadConcern("majority" if majority else "local")
+                    collection = db[name].with_options(read_concern=concern)
                     cursor = collection.find(where, part, sort=list(sort) or None, limit=limit, batch_size=BATCH)
                 page = await cursor.to_list(BATCH)
             found += page
