@@ -54,9 +54,16 @@ class Policies:
             if found["kind"] == "NetworkPolicy"
         ]
 
-    def passes(self, source: tuple[str, Mapping[str, str]], target: tuple[str, Mapping[str, str]], port: object) -> bool:
+    def passes(
+        self, source: tuple[str, Mapping[str, str]], target: tuple[str, Mapping[str, str]], port: object
+    ) -> bool:
         """Whether `source` may leave to, and `target` let in, this port (of the target by number or name)."""
-        return self._side("Egress", source, target, port) and self._side("Ingress", target, source, port)
+        return self.lets_out(source, target, port) and self._side("Ingress", target, source, port)
+
+    def lets_out(
+        self, source: tuple[str, Mapping[str, str]], target: tuple[str, Mapping[str, str]], port: object
+    ) -> bool:
+        return self._side("Egress", source, target, port)
 
     def leaves(self, source: tuple[str, Mapping[str, str]], port: int) -> bool:
         """Whether `source` may call this port somewhere outside of the cluster, if only within a range."""
@@ -77,9 +84,7 @@ class Policies:
     ) -> bool:
         rules = self._rules(direction, pod)
         named = "to" if direction == "Egress" else "from"
-        return rules is None or any(
-            _has_port(rule, port) and _is_peer(rule.get(named), peer, pod[0]) for rule in rules
-        )
+        return rules is None or any(_has_port(rule, port) and _is_peer(rule.get(named), peer, pod[0]) for rule in rules)
 
 
 def selects(selector: Object, labels: Mapping[str, str]) -> bool:

@@ -51,17 +51,17 @@ http://{{ include "mini-studio.fullname" . }}-ray-head-svc.{{ .Release.Namespace
 
 {{/*
 The studio's processes: command, which secrets they get, which roots they see and how. Every one answers /health and /metrics on
-the port named http.
+port 8000, named http.
 */}}
 {{- define "mini-studio.components" -}}
-api: {command: [api], port: 8000, secrets: [mongo, s3, kafka, admin, ray], roots: {models: ro, dfs: rw}}
-gateway: {command: [gateway], port: 8000, secrets: [kafka], roots: {}}
-datasets: {command: [consume, datasets], port: 8080, secrets: [mongo, s3, kafka], roots: {dfs: rw}}
-training: {command: [consume, training], port: 8080, secrets: [mongo, kafka, ray], roots: {models: rw}}
-serving: {command: [consume, serving], port: 8080, secrets: [mongo, kafka], roots: {models: ro}}
-jobs: {command: [consume, jobs], port: 8080, secrets: [mongo, kafka], roots: {}}
-routes: {command: [consume, routes], port: 8080, secrets: [mongo, kafka], roots: {}}
-relay: {command: [relay], port: 8080, secrets: [mongo, kafka], roots: {}}
+api: {command: [api], secrets: [mongo, s3, kafka, admin, ray], roots: {models: ro, dfs: rw}}
+gateway: {command: [gateway], secrets: [kafka], roots: {}}
+datasets: {command: [consume, datasets], secrets: [mongo, s3, kafka], roots: {dfs: rw}}
+training: {command: [consume, training], secrets: [mongo, kafka, ray], roots: {models: rw}}
+serving: {command: [consume, serving], secrets: [mongo, kafka], roots: {models: ro}}
+jobs: {command: [consume, jobs], secrets: [mongo, kafka], roots: {}}
+routes: {command: [consume, routes], secrets: [mongo, kafka], roots: {}}
+relay: {command: [relay], secrets: [mongo, kafka], roots: {}}
 {{- end -}}
 
 {{/* Values of a component: {root, component}. */}}
@@ -91,7 +91,7 @@ MINI_STUDIO_DFS_ROOT: /dfs
 MINI_STUDIO_LOG__FORMAT: json
 MINI_STUDIO_LOG__LEVEL: {{ $v.logLevel }}
 MINI_STUDIO_HEALTH_HOST: 0.0.0.0
-MINI_STUDIO_HEALTH_PORT: "8080"
+MINI_STUDIO_HEALTH_PORT: "8000"
 MINI_STUDIO_KAFKA__BOOTSTRAP: {{ $v.kafka.bootstrap | quote }}
 MINI_STUDIO_KAFKA__PARTITIONS: {{ $v.kafka.partitions | quote }}
 MINI_STUDIO_KAFKA__REPLICATION: {{ $v.kafka.replication | quote }}
@@ -112,7 +112,6 @@ MINI_STUDIO_S3__ADDRESSING: {{ $v.s3.addressing }}
 {{- if $v.s3.caConfigMap }}
 MINI_STUDIO_S3__CA_FILE: /etc/mini-studio/s3/ca.crt
 {{- end }}
-MINI_STUDIO_TRAINING__RAY_ADDRESS: {{ include "mini-studio.rayAddress" . | quote }}
 MINI_STUDIO_TRAINING__MAX_RUNNING: {{ $v.training.maxRunning | quote }}
 MINI_STUDIO_TRAINING__WORKERS: {{ $v.training.workers | quote }}
 MINI_STUDIO_TRAINING__CPUS: {{ $v.training.cpus | quote }}
@@ -142,7 +141,7 @@ MINI_STUDIO_SERVING__KUBERNETES__PROMETHEUS: {{ $v.metrics.prometheus | quote }}
 {{- end }}
 {{- end -}}
 
-{{/* Environment from secrets, by reference: {root, secrets}. */}}
+{{/* Environment from secrets, by reference, and where what they open is: {root, secrets}. */}}
 {{- define "mini-studio.secretEnv" -}}
 {{- $s := .root.Values.secrets -}}
 {{- $all := dict
@@ -157,6 +156,9 @@ MINI_STUDIO_SERVING__KUBERNETES__PROMETHEUS: {{ $v.metrics.prometheus | quote }}
 - {name: {{ $variable }}, valueFrom: {secretKeyRef: {name: {{ index $s $secret "name" }}, key: {{ $key }}}}}
 {{- end }}
 {{- end }}
+{{- end }}
+{{- if has "ray" .secrets }}
+- {name: MINI_STUDIO_TRAINING__RAY_ADDRESS, value: {{ include "mini-studio.rayAddress" .root | quote }}}
 {{- end }}
 {{- end -}}
 
