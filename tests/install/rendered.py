@@ -37,7 +37,7 @@ def environment(template: Object, objects: list[Object]) -> dict[str, str]:
         secret = variable.get("valueFrom", {}).get("secretKeyRef")
         known[variable["name"]] = f"secret {secret['name']}/{secret['key']}" if secret else variable["value"]
     if "MINI_STUDIO_RECORDS__MONGO_URL" in known:
-        known["MINI_STUDIO_RECORDS__MONGO_URL"] = "mongodb://mongo.example"
+        known["MINI_STUDIO_RECORDS__MONGO_URL"] = "mongodb://mongo.mongo.svc"
     return known
 
 
