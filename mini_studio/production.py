@@ -112,10 +112,11 @@ def _for_one_machine(settings: Settings, process: str) -> Iterator[str]:
         yield "MINI_STUDIO_KAFKA__IDEMPOTENT is false, so a broker's failure repeats events: set it to true"
     if process != "gateway" and not settings.records.mongo_url:
         yield "MINI_STUDIO_RECORDS__MONGO_URL is not set, and a SQLite file serves one machine: set MongoDB's"
-    if process.startswith("consumer:") and "serving" in process and settings.serving.driver == "local_process":
+    local = settings.serving.driver == "local_process" and _this_machine(settings.serving.host)
+    if local and process.startswith("consumer:") and "serving" in process:
         yield (
-            "MINI_STUDIO_SERVING__DRIVER is local_process, whose model servers answer this machine alone and end with it: "
-            "set it to kubernetes"
+            "MINI_STUDIO_SERVING__DRIVER is local_process, whose model servers answer this machine alone: set it to kubernetes, "
+            "or MINI_STUDIO_SERVING__HOST to an address of this machine that gateways reach"
         )
 
 

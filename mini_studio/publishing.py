@@ -76,7 +76,7 @@ and `/metrics`.
 With `MINI_STUDIO_PRODUCTION=true` no process of the studio starts with what is fit for one machine only. It names all of it at once, each
 with the setting and the cure: `/admin` or Ray without a token on an address that others reach, secrets that can be guessed, connections
 in the clear to an address outside (not private, and not a name that only a cluster knows), the embedded broker, a producer that is not
-idempotent, SQLite, local model servers.
+idempotent, SQLite, model servers that answer this machine alone.
 """
 
 

@@ -158,6 +158,7 @@ def test_what_is_unsafe_does_not_start(process: str, changes: dict[str, Any], se
         ("api", {"api": {"host": "127.0.0.1", "admin_token": None}}),
         ("gateway", {"api": {"admin_token": None}, "records": {"mongo_url": None}}),
         ("relay", {"serving": {"driver": "local_process"}}),
+        ("consumer:serving", {"serving": {"driver": "local_process", "host": "model-servers"}}),
         ("api", {"s3": {"endpoint": "https://s3.example.com", "access_key": None, "secret_key": None}}),
         ("api", {"s3": {"endpoint": "http://10.1.2.3:9000"}, "training": {"ray_address": "http://localhost:8265"}}),
         ("relay", {"kafka": {"bootstrap": "kafka.example.com:9092", "security": "sasl_ssl"}}),
