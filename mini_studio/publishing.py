@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import SecretStr
+from pydantic.fields import FieldInfo
 
 from api.app import create_app
 from events.base import Event
@@ -152,8 +153,7 @@ def settings_page() -> str:
         parts += [f"## {'.'.join(section) or 'The studio'}", "", "| variable | type | default | |", "|---|---|---|---|"]
         for setting in settings:
             field = setting.field
-            default = "" if field.default_factory or field.default is None else f"`{_written(field.default)}`"
-            parts.append(f"| `{setting.name}` | {_type(field.annotation)} | {default} | {field.description} |")
+            parts.append(f"| `{setting.name}` | {_type(field.annotation)} | {_default(field)} | {field.description} |")
         parts.append("")
     return "\n".join(parts).rstrip() + "\n"
 
@@ -171,8 +171,11 @@ def _type(annotation: Any) -> str:
     return words[annotation]
 
 
-def _written(default: Any) -> str:
-    return str(default) if isinstance(default, str | Path) else json.dumps(default)
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "by the machine"
+    text = field.default if isinstance(field.default, str | Path) else json.dumps(field.default)
+    return "" if field.default is None else f"`{text}`"
 
 
 def everything() -> dict[Path, str]:

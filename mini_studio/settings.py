@@ -135,7 +135,7 @@ class Training(BaseModel):
     threads: int = Field(
         default_factory=lambda: max(1, os.cpu_count() or 1),
         ge=1,
-        description="CPU threads of one training, by default as many as the machine has; tiny models use one.",
+        description="CPU threads of one training; tiny models use one.",
     )
     max_attempts: int = Field(
         3,
@@ -210,7 +210,7 @@ class Serving(BaseModel):
     threads: int = Field(
         default_factory=lambda: max(1, os.cpu_count() or 1),
         ge=1,
-        description="CPU threads of a local model server, by default as many as the machine has; tiny models use one.",
+        description="CPU threads of a local model server; tiny models use one.",
     )
     max_restarts: int = Field(5, ge=1, description="Crashes in a row after which a local deployment fails.")
     kubernetes: Kubernetes = Field(default_factory=Kubernetes)

@@ -18,15 +18,6 @@ class CannotStart(Exception):
     """The one line for the user."""
 
 
-def not_in_production() -> None:
-    """Raises `CannotStart` where `MINI_STUDIO_PRODUCTION` is set: this broker keeps nothing, and all of it is one machine's."""
-    if os.environ.get("MINI_STUDIO_PRODUCTION", "").lower() in ("1", "true", "t", "yes", "y", "on"):
-        raise CannotStart(
-            "MINI_STUDIO_PRODUCTION is set, and this is the stack for one machine: unset it, or start the studio's "
-            "processes on a Kafka, a MongoDB and an S3 of yours: mini-studio --help"
-        )
-
-
 def data_folder(data: Path) -> Path:
     """The folder, absolute, writable and with room; made where it is missing. Raises `CannotStart`."""
     try:
@@ -42,6 +33,15 @@ def data_folder(data: Path) -> Path:
     if free < LEAST_FREE_BYTES:
         _refuse_full(data, f"{free / 1e6:.0f} MB are free")
     return absolute
+
+
+def not_in_production() -> None:
+    """Raises `CannotStart` where `MINI_STUDIO_PRODUCTION` is set: this broker keeps nothing, and all of it is one machine's."""
+    if os.environ.get("MINI_STUDIO_PRODUCTION", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        raise CannotStart(
+            "MINI_STUDIO_PRODUCTION is set, and this is the stack for one machine: unset it, or start the studio's "
+            "processes on a Kafka, a MongoDB and an S3 of yours: mini-studio --help"
+        )
 
 
 def hold(data: Path) -> int:
