@@ -47,7 +47,7 @@ class Health:
             await asyncio.sleep(1)
 
 
-def serve_health(health: Health, port: int, host: str) -> ThreadingHTTPServer:
+def serve_health(health: Health, port: int, host: str = "127.0.0.1") -> ThreadingHTTPServer:
     """Answer on `port` (0: any free one) in a daemon thread."""
 
     class Handler(BaseHTTPRequestHandler):
