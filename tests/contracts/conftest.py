@@ -9,5 +9,6 @@ from tests.fakes.ray_head import RayHead, running_head
 
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayHead]:
-    with running_head() as head:
+    """It wants its token."""
+    with running_head("a-token-of-the-tests") as head:
         yield head
