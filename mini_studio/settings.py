@@ -36,6 +36,17 @@ class Api(BaseModel):
     )
     upstream_connect_s: float = Field(2.0, gt=0, description="Time to connect to a model server.")
     upstream_read_s: float = Field(300.0, gt=0, description="Longest silence of a model server while it answers.")
+    hold_requests: int = Field(
+        100,
+        ge=0,
+        description="Requests that may wait at one gateway for a deployment that was scaled to zero; more are answered 503.",
+    )
+    hold_s: float = Field(
+        120.0,
+        ge=0,
+        description="How long such a request waits before it is answered 503: longer than the usual model takes to load. "
+        "Clients, and proxies before the gateway, have to be as patient.",
+    )
     max_body_bytes: int = Field(
         16 * MIB, gt=0, description="Largest JSON body accepted (uploads have their own limit)."
     )
@@ -66,7 +77,14 @@ class Kafka(BaseModel):
 
 class Records(BaseModel):
     sqlite: Path | None = Field(None, description="The record file; by default `records.sqlite` in the data folder.")
-    busy_timeout_s: float = Field(2.0, gt=0, description="How long a write waits for another process's lock.")
+    mongo_url: SecretStr | None = Field(
+        None,
+        description="Keep the records in the MongoDB at this URL, with its TLS and login options, and not in a file.",
+    )
+    mongo_database: str = Field("mini_studio", min_length=1, description="Database of the records in that MongoDB.")
+    busy_timeout_s: float = Field(
+        2.0, gt=0, description="How long a write waits for another process's lock, and any exchange with MongoDB."
+    )
 
 
 class S3(BaseModel):
@@ -90,11 +108,24 @@ class Uploads(BaseModel):
 class Training(BaseModel):
     ray_address: str = Field("http://127.0.0.1:8265", description="Address of Ray's HTTP API (Jobs and state).")
     ray_timeout_s: float = Field(5.0, gt=0, description="Longest wait for one answer of Ray.")
+    ray_token: SecretStr | None = Field(
+        None, description="Token of a Ray cluster that runs with RAY_AUTH_MODE=token; it is sent with every request."
+    )
     max_running: int = Field(1, ge=1, description="Trainings that run at once; the others wait in our own queue.")
     threads: int = Field(
         default_factory=lambda: max(1, os.cpu_count() or 1),
         ge=1,
-        description="CPU threads of one training; tiny models use one.",
+        description="CPU threads of a training with one worker; tiny models use one. Of several workers each has `cpus` threads.",
+    )
+    workers: int = Field(
+        1, ge=1, description="Workers that train one model together, through Ray Train when there are several."
+    )
+    cpus: float = Field(1.0, gt=0, description="CPUs that Ray keeps for each worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs of each worker.")
+    checkpoint_every_s: float = Field(
+        60.0,
+        ge=0,
+        description="Least time between two checkpoints of a training; it is longer where saving takes over a twentieth of it.",
     )
     max_attempts: int = Field(
         3,

@@ -52,9 +52,7 @@ class Studio:
 
     def __init__(self, settings: Settings, relayed: Sequence[Collection] = (), *, sweeper: bool = False) -> None:
         self.settings = settings
-        self.store: RecordStore = SqliteStore(
-            settings.record_file, COLLECTIONS + SHADOWS, busy_timeout_s=settings.records.busy_timeout_s
-        )
+        self.store = record_store(settings)
         self.publisher = Publisher(settings.kafka)
         self.dead_letters = DeadLetters(settings.kafka, self.publisher)
         self.relay = Relay(
@@ -101,7 +99,9 @@ class Studio:
     def cluster(self) -> TrainingCluster:
         from mini_studio.drivers.ray import RayCluster
 
-        return RayCluster(self.settings.training.ray_address, timeout_s=self.settings.training.ray_timeout_s)
+        training = self.settings.training
+        token = training.ray_token.get_secret_value() if training.ray_token else None
+        return RayCluster(training.ray_address, timeout_s=training.ray_timeout_s, token=token)
 
     @cached_property
     def serving(self) -> ServingDriver:
@@ -118,11 +118,7 @@ class Studio:
         await self.s3.ensure_bucket()
 
     def broker_epoch(self) -> int:
-        """Changes when the embedded broker was replaced by an empty one; constant on a broker that keeps its log."""
-        try:
-            return broker_epoch_file(self.settings).stat().st_mtime_ns if self.settings.kafka.refill else 0
-        except OSError:
-            return 0
+        return broker_epoch(self.settings)
 
     async def aclose(self) -> None:
         async with AsyncExitStack() as stack:
@@ -134,8 +130,27 @@ class Studio:
                     stack.push_async_callback(part.aclose)
 
 
+def record_store(settings: Settings) -> RecordStore:
+    """Where the settings keep the records."""
+    records, collections = settings.records, COLLECTIONS + SHADOWS
+    if records.mongo_url is None:
+        return SqliteStore(settings.record_file, collections, busy_timeout_s=records.busy_timeout_s)
+    from mini_studio.records.mongo import MongoStore
+
+    url = records.mongo_url.get_secret_value()
+    return MongoStore(url, records.mongo_database, collections, timeout_s=records.busy_timeout_s)
+
+
 def broker_epoch_file(settings: Settings) -> Path:
     return settings.data / "run" / "broker-epoch"
+
+
+def broker_epoch(settings: Settings) -> int:
+    """Changes when the embedded broker was replaced by an empty one; constant on a broker that keeps its log."""
+    try:
+        return broker_epoch_file(settings).stat().st_mtime_ns if settings.kafka.refill else 0
+    except OSError:
+        return 0
 
 
 async def ended(task: "asyncio.Task[Any]") -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from events.fine_tuning import FineTuneFailed, FineTuneProgressed
+from events.types import DeploymentStatus
 from mini_studio.drivers.ports import ReleaseReport, ReleaseState, RunReport, RunState
 from mini_studio.records.releases import Release
 from mini_studio.records.training_runs import RunPhase, TrainingRun
@@ -15,6 +16,8 @@ from workloads.specs import Progress
 FAILURE_CODES = frozenset(FineTuneFailed.model_fields["code"].annotation.__args__)  # type: ignore[union-attr]
 INTERRUPTED = frozenset({"fenced", "stopped"})
 """Codes of a trainer that was told to stop: the attempt is lost, the job is not."""
+LOST_WORKER = "lost_worker"
+"""Code of a trainer one of whose workers has gone: the next attempt may have more luck."""
 KILLED_BY_SIGNAL = ("SIGKILL", "SIGTERM", "signal", "exit code -", "exit code 137", "exit code 143")
 
 
@@ -105,6 +108,8 @@ def _ended(failure: Progress) -> Action:
     """The trainer said itself why it ended."""
     if failure.code in INTERRUPTED:
         return Lose("The trainer was stopped before it was done.", interrupted=True)
+    if failure.code == LOST_WORKER:
+        return Lose(failure.message or "A worker of the training was lost.", interrupted=False)
     code = failure.code if failure.code and failure.code in FAILURE_CODES else "internal"
     return Fail(code, failure.message or "The trainer failed and gave no reason.")
 
@@ -144,7 +149,8 @@ def reported(
     if seen is not None and seen.generation == generation:
         present = _as_seen(present, seen, now) or present
         waited = now - present.applied_at
-        if seen.state is ReleaseState.STARTING and present.applied_at and waited > patience_s:
+        starting = seen.state is ReleaseState.STARTING and present.status is not DeploymentStatus.READY
+        if starting and present.applied_at and waited > patience_s:
             late = f"It was not ready {patience_s:.0f} s after it was started. Last seen: {seen.message or 'nothing'}"
             present = present.fail(generation, late) or present
     return None if present is release else present
@@ -153,8 +159,11 @@ def reported(
 def _as_seen(release: Release, seen: ReleaseReport, now: float) -> Release | None:
     match seen.state:
         case ReleaseState.READY:
-            return release.ready(seen.generation, seen.endpoints, seen.message or None)
+            return release.ready(seen.generation, seen.endpoints, seen.replicas, seen.message or None)
         case ReleaseState.FAILED:
             return release.fail(seen.generation, seen.message)
+        case ReleaseState.STARTING if release.may_sleep and release.status is DeploymentStatus.READY:
+            # It wakes: requests wait for it at the gateways, which know its address.
+            return release.ready(seen.generation, release.endpoints, 0, seen.message or None)
         case ReleaseState.STARTING:
             return release.restarting(seen.generation, now, seen.message or None)

@@ -57,12 +57,27 @@ class RunReport:
     message: str = ""
 
 
-class TrainingCluster(Protocol):
-    """Runs training programs. Every call ends within the cluster's timeout setting; `Unavailable` when it is away."""
+@dataclass(frozen=True)
+class Workers:
+    """What one training needs: so many workers at once, each with so much of a single node."""
 
-    async def submit(
-        self, submission_id: str, spec_file: Path, *, cpus: float, gpus: float, metadata: dict[str, str]
-    ) -> None:
+    count: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+class TrainingCluster(Protocol):
+    """Runs training programs. Every call ends within the cluster's timeout setting; `Unavailable` when it is away, and `Denied`
+    when it does not take the studio's token."""
+
+    async def has_room(self, workers: Workers, *, running: int) -> bool:
+        """Whether one more training can start now, beside `running` ones that the cluster may not count yet.
+
+        Raises `Refused` when it never can on the cluster as it is.
+        """
+        ...
+
+    async def submit(self, submission_id: str, spec_file: Path, *, workers: Workers, metadata: dict[str, str]) -> None:
         """Start `python -m workloads.train <spec_file>`. A submission id that exists already is success. Raises `Refused`."""
         ...
 
@@ -114,9 +129,9 @@ class ReleaseReport:
     generation: int
     state: ReleaseState
     replicas: int = 0
-    """Replicas that answer."""
+    """Replicas that answer. None of a ready one: it sleeps, and requests that wait for it wake it."""
     endpoints: list[str] = field(default_factory=list)
-    """Base URLs of the replicas that answer, e.g. `http://127.0.0.1:41234`."""
+    """Base URLs where they answer: of each, e.g. `http://127.0.0.1:41234`, or one that stands before all of them."""
     message: str = ""
 
 

@@ -1,122 +1,71 @@
-"""The serving reconciler on a real control plane: real records, real objects; simulated kubelets make pods ready at once."""
+"""A whole studio on one cluster, where each test has a deployment of its own; and the reconciler alone, in a namespace for each test."""
 
-import asyncio
-import contextlib
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy
 import pytest
 import pytest_asyncio
+from safetensors.numpy import load_file, save_file
 
-from consumers.watchers import serving
-from events.base import Cause, Envelope
-from events.deployments import DeployRequested, Scale, UndeployRequested
-from events.types import DeploymentKind, DeploymentStatus, new_id
-from mini_studio.drivers.kubernetes.driver import KubernetesDriver
-from mini_studio.records.record import ANYONE
-from mini_studio.records.releases import Release
-from mini_studio.settings import Kubernetes, Serving, Settings
-from mini_studio.wiring import Studio, ended, open_studio
+from mini_studio.settings import Kubernetes
+from tests.fakes import real_kubernetes
+from tests.fakes.broker import free_port
 from tests.fakes.real_kubernetes import RealKubernetes
+from tests.fakes.running import Running
+from tests.kubernetes.reconciling import Reconciled, reconciling
+from tests.kubernetes.world import World, api_proxy, node, prepare, prometheus, settings
 
-CAUSE = Cause(correlation_id="test", causation_id="test", traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01")
+
+@pytest.fixture(scope="module")
+def scaled_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKubernetes]:
+    """A real control plane with KEDA at work, which no other test should have scale its objects."""
+    script = real_kubernetes.script()
+    if script is None:
+        pytest.skip(real_kubernetes.HOW_TO_STOP_IT)
+    cluster = RealKubernetes.start(script, tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.stop()
 
 
-@dataclass
-class Reconciled:
-    """A namespace, and the watcher of consumer `serving` that works on it."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models root with tiny-llama, and with two fine-tunes of client `acme` that answer otherwise."""
+    root = tmp_path_factory.mktemp("models")
+    built = [sys.executable, "-m", "workloads.base_models", "add", "tiny-llama", "--models-root", str(root)]
+    subprocess.run(built, check=True, stdout=subprocess.DEVNULL)
+    for shift, name in enumerate(("one", "two"), 1):
+        own = root / "acme" / name
+        shutil.copytree(root / ".base" / "tiny-llama", own)
+        weights = load_file(own / "model.safetensors")
+        embedding = "model.embed_tokens.weight"
+        weights[embedding] = numpy.roll(weights[embedding], shift, axis=0)
+        save_file(weights, own / "model.safetensors", {"format": "pt"})
+    return root
 
-    studio: Studio
-    cluster: RealKubernetes
-    namespace: str
 
-    @property
-    def driver(self) -> KubernetesDriver:
-        assert isinstance(self.studio.serving, KubernetesDriver)
-        return self.studio.serving
-
-    async def deploy(self, *, name: str = "", gpu_count: int = 0, model: str = "tiny-llama") -> str:
-        """Ask for a release; its id."""
-        id = new_id("dep")
-        request = DeployRequested(
-            deployment_id=id,
-            generation=1,
-            name=name or f"vllm-base-{id[-12:]}",
-            kind=DeploymentKind.BASE,
-            model=model,
-            base_model=model,
-            scale=Scale(gpu_count=gpu_count, min_replicas=1, max_replicas=3, prometheus_threshold=5),
-        )
-        await self.studio.releases.insert(Release.claim(self._envelope(request, 1)))
-        self.studio.releases_changed.set()
-        return id
-
-    async def again(self, id: str) -> None:
-        """Ask for the same with a new generation."""
-        release = await self.release(id)
-        newer = release.request.model_copy(update={"generation": release.generation + 1})
-        await self.studio.releases.change(ANYONE, id, lambda r: r.want(self._envelope(newer, newer.generation)))
-        self.studio.releases_changed.set()
-
-    async def undeploy(self, id: str) -> None:
-        release = await self.release(id)
-        event = UndeployRequested(deployment_id=id, generation=release.generation + 1, name=release.request.name)
-        await self.studio.releases.change(ANYONE, id, lambda r: r.want(self._envelope(event, event.generation)))
-        self.studio.releases_changed.set()
-
-    async def release(self, id: str) -> Release:
-        found = await self.studio.releases.get(ANYONE, id)
-        assert found is not None
-        return found
-
-    async def name(self, id: str) -> str:
-        return (await self.release(id)).request.name
-
-    async def becomes(self, id: str, status: DeploymentStatus, seconds: float = 30) -> Release:
-        return await self.until(id, lambda release: release.status is status, seconds)
-
-    async def until(self, id: str, wanted: Callable[[Release], bool], seconds: float = 30) -> Release:
-        deadline = time.monotonic() + seconds
-        while not wanted(release := await self.release(id)):
-            assert time.monotonic() < deadline, f"it stayed {release.status}: {release.message}"
-            await asyncio.sleep(0.05)
-        return release
-
-    async def events(self, id: str) -> list[str]:
-        return [entry["headers"]["ce_type"].split(".")[1] for entry in (await self.release(id)).outbox]
-
-    def objects(self) -> set[str]:
-        """Kind and name of all that a release can have."""
-        kinds = (
-            "deployments,services,configmaps,networkpolicies,poddisruptionbudgets,scaledobjects,hpa,replicasets,pods"
-        )
-        found = self.cluster.get(kinds, self.namespace)
-        return {f"{o['kind']}/{o['metadata']['name']}" for o in found} - {"ConfigMap/kube-root-ca.crt"}
-
-    def kubectl(self, *arguments: str, given: str | None = None) -> str:
-        return self.cluster.kubectl("-n", self.namespace, *arguments, given=given)
-
-    def _envelope(self, event: DeployRequested | UndeployRequested, sequence: int) -> Envelope[DeployRequested]:
-        return Envelope.of(event, subject=event.deployment_id, sequence=sequence, client_code="acme", cause=CAUSE)  # type: ignore[return-value]
+@pytest.fixture(scope="module")
+def world(scaled_cluster: RealKubernetes, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder, port = tmp_path_factory.mktemp("world"), free_port()
+    with ExitStack() as stack:
+        proxy = stack.enter_context(api_proxy(scaled_cluster, folder))
+        pods = stack.enter_context(node(scaled_cluster, proxy, folder))
+        scraper = stack.enter_context(prometheus(f"127.0.0.1:{port}", folder))
+        prepare(scaled_cluster)
+        studio = Running(folder / "studio", port, settings(scaled_cluster, proxy, scraper, models))
+        studio.start()
+        stack.callback(studio.stop)
+        yield World(scaled_cluster, studio, models, pods)
 
 
 @pytest.fixture
 def namespace(real_cluster: RealKubernetes) -> Iterator[str]:
     with real_cluster.namespace() as name:
         yield name
-
-
-@contextlib.asynccontextmanager
-async def reconciling(cluster: RealKubernetes, data: Path, kubernetes: Kubernetes) -> AsyncIterator[Reconciled]:
-    """The reconciler, running; `kubernetes` says as whom, and where."""
-    settings = Settings(data=data, serving=Serving(driver="kubernetes", poll_s=0.5, kubernetes=kubernetes))
-    settings.models.mkdir(parents=True, exist_ok=True)
-    async with open_studio(settings) as studio:
-        watching = asyncio.create_task(serving.watch(studio))
-        yield Reconciled(studio, cluster, kubernetes.namespace)
-        await ended(watching)
 
 
 @pytest_asyncio.fixture

@@ -17,7 +17,7 @@ from events.types import DeploymentStatus
 from mini_studio.settings import Kubernetes
 from tests.fakes.real_kubernetes import RealKubernetes
 from tests.faults.length import length
-from tests.kubernetes.conftest import Reconciled, reconciling
+from tests.kubernetes.reconciling import Reconciled, reconciling
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 

@@ -8,7 +8,7 @@ import pytest
 from consumers.watchers import serving
 from events.types import DeploymentStatus
 from mini_studio.records.releases import Release
-from tests.kubernetes.conftest import Reconciled
+from tests.kubernetes.reconciling import Reconciled
 
 pytestmark = pytest.mark.real
 
