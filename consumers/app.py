@@ -31,7 +31,7 @@ async def run(names: Sequence[str], settings: Settings, health_port: int | None)
     """Run consumers until SIGTERM or SIGINT. Raises `BrokerReplaced`: the supervisor starts the process again."""
     health = Health()
     health.starting |= set(names)
-    server = serve_health(health, health_port) if health_port is not None else None
+    server = serve_health(health, health_port, settings.health_host) if health_port is not None else None
     relayed = [collection for name in names for collection in DECIDED_BY[name]]
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -63,7 +63,7 @@ async def run_one(consumer: Consumer, studio: Studio, health: Health, stop: asyn
     health.vital[f"consumer {consumer.name}"] = liveness.lost
     stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
     tasks = [stopping, *(asyncio.create_task(service(studio)) for service in consumer.services)]
-    starting = asyncio.create_task(start_broker(broker))
+    starting = asyncio.create_task(start_broker(broker, studio.settings.kafka))
     try:
         await asyncio.wait([starting, *tasks], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():

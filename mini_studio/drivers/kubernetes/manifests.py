@@ -24,8 +24,8 @@ from mini_studio.settings import Kubernetes
 
 KINDS = (CONFIG_MAP, SERVICE, NETWORK_POLICY, DISRUPTION_BUDGET, DEPLOYMENT, SCALED_OBJECT)
 """In the order in which they are applied: the Deployment when all that its pods need is there, what scales it last."""
-MANAGED_BY = {"app.kubernetes.io/managed-by": "mini-studio"}
-SELECTOR = "app.kubernetes.io/managed-by=mini-studio,app.kubernetes.io/component=model-server"
+LABELS = {"app.kubernetes.io/managed-by": "mini-studio", "app.kubernetes.io/component": "model-server"}
+SELECTOR = ",".join(f"{name}={value}" for name, value in LABELS.items())
 RELEASE = "mini-studio.io/release"
 """Label: the release's name. The pods of a release are found by it."""
 DEPLOYMENT_ID, GENERATION = "mini-studio.io/deployment-id", "mini-studio.io/generation"
@@ -73,7 +73,7 @@ def _object(kind: Kind, spec: ReleaseSpec, part: Object) -> Object:
 
 
 def labels(spec: ReleaseSpec) -> dict[str, str]:
-    return {**MANAGED_BY, "app.kubernetes.io/component": "model-server", RELEASE: spec.name}
+    return {**LABELS, RELEASE: spec.name}
 
 
 def annotations(spec: ReleaseSpec) -> dict[str, str]:
