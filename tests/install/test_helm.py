@@ -28,12 +28,10 @@ MODELS = "mini-studio-models"
 COMING = {
     *("MINI_STUDIO_PRODUCTION", "MINI_STUDIO_HEALTH_HOST", "MINI_STUDIO_KAFKA__RETENTION_MS"),
     *("MINI_STUDIO_KAFKA__SECURITY", "MINI_STUDIO_KAFKA__SASL_MECHANISM", "MINI_STUDIO_KAFKA__CA_FILE"),
-    *("MINI_STUDIO_KAFKA__USERNAME", "MINI_STUDIO_KAFKA__PASSWORD", "MINI_STUDIO_RECORDS__MONGO_URL"),
-    *("MINI_STUDIO_RECORDS__MONGO_DATABASE", "MINI_STUDIO_S3__ADDRESSING", "MINI_STUDIO_S3__CA_FILE"),
-    *("MINI_STUDIO_TRAINING__RAY_TOKEN", "MINI_STUDIO_TRAINING__WORKERS", "MINI_STUDIO_TRAINING__CPUS"),
-    *("MINI_STUDIO_TRAINING__GPUS", "MINI_STUDIO_API__HOLD_S", "gateway"),
+    *("MINI_STUDIO_KAFKA__USERNAME", "MINI_STUDIO_KAFKA__PASSWORD"),
+    *("MINI_STUDIO_S3__ADDRESSING", "MINI_STUDIO_S3__CA_FILE"),
 }
-"""Settings and commands of branches that are not merged yet: delete this when they are."""
+"""Settings of a branch that is not merged yet: delete this when it is."""
 
 
 def variables(model: type[BaseModel], prefix: str = "MINI_STUDIO_") -> Iterator[str]:
@@ -118,7 +116,7 @@ def test_every_process_runs_a_command_that_exists(objects: list[Object]) -> None
     for name, template in pods(objects):
         command = template["spec"]["containers"][0].get("command", [])
         if command[:1] == ["mini-studio"]:
-            assert command[1] in {*commands(), *COMING}
+            assert command[1] in commands()
             ran[name] = command[1:]
     consumers = {name: ["consume", name] for name in CONSUMERS}
     assert {**consumers, "api": ["api"], "gateway": ["gateway"], "relay": ["relay"]}.items() <= ran.items()

@@ -196,7 +196,8 @@ async def serving(
     template = next(template for name, template in pods(rendered) if name == "serving")
     with monkeypatch.context() as process:
         for variable, value in environment(template, rendered).items():
-            process.setenv(variable, value)
+            if variable.startswith("MINI_STUDIO_"):
+                process.setenv(variable, value)
         process.setenv("MINI_STUDIO_SERVING__KUBERNETES__RUNTIME", request.param)
         process.setenv("MINI_STUDIO_SERVING__KUBERNETES__KUBECONFIG", str(kubeconfig(installed, tmp_path)))
         settings = Settings()
