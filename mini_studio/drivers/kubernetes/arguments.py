@@ -86,7 +86,8 @@ def _folder(path: str) -> str:
 
 
 def _model(name: str) -> str:
-    if not _MODEL.fullmatch(name):
+    # vLLM reads "None" as no name at all
+    if not _MODEL.fullmatch(name) or name == "None":
         raise Refused(f"{name[:200]!r} cannot name a model.")
     return name
 
