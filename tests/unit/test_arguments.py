@@ -45,7 +45,12 @@ anything = st.one_of(st.sampled_from(HOSTILE), st.text(), st.from_regex(r"[-/a-z
 
 def test_vllm_is_started_with_the_model_first() -> None:
     common = ["--host=0.0.0.0", "--port=8000"]
-    rest = ["--no-enable-log-requests", "--disable-access-log-for-endpoints=/health,/metrics", "--disable-fastapi-docs"]
+    rest = [
+        "--shutdown-timeout=320",
+        "--no-enable-log-requests",
+        "--disable-access-log-for-endpoints=/health,/metrics",
+        "--disable-fastapi-docs",
+    ]
     name, middleware = "--served-model-name=ft:tiny-llama:acme:c744c09c", "--middleware=predict.Predict"
     assert vllm_arguments(SPEC, SETTINGS, WEIGHTS) == [WEIGHTS, name, *common, middleware, *rest]
     several = vllm_arguments(replace(SPEC, gpu_count=4), SETTINGS, None)
@@ -75,7 +80,7 @@ def test_our_server_reads_fine_tuned_weights(monkeypatch: pytest.MonkeyPatch) ->
     settings = Kubernetes(cpu="3500m")
     found = our_server(monkeypatch, studio_arguments(SPEC, settings, WEIGHTS, "/models"))
     assert (found.served_model_name, found.weights, found.base_model) == (SPEC.model, Path(WEIGHTS), None)
-    assert (found.host, found.port, found.threads) == ("0.0.0.0", 8000, 3)  # noqa: S104
+    assert (found.host, found.port, found.threads, found.finish_s) == ("0.0.0.0", 8000, 3, 320)  # noqa: S104
 
 
 @pytest.mark.parametrize("base_model", ["tiny-llama", "facebook/opt-125m"])

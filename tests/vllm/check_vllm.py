@@ -35,7 +35,7 @@ from workloads.base_models.install import ensure
 PYTHON = "MINI_STUDIO_TEST_VLLM_PYTHON"
 SIDE = Path(__file__).with_name("vllm_side.py")
 RECORD = Path(__file__).with_name("options.json")
-START_S = 300
+START_S = 900
 MODEL, ADAPTER, KEY, MARK = "ft:tiny-llama:acme:c744c09c", "adapter", "a-key", "WORDS-OF-A-USER"
 SPEC = ReleaseSpec(
     name="vllm-ft-acme-tiny-llama",
@@ -87,6 +87,7 @@ def check_parser(checks: Checks) -> None:
         "middleware": ["predict.Predict"],
         "disable_access_log_for_endpoints": "/health,/metrics",
         "disable_fastapi_docs": True,
+        "shutdown_timeout": 320,
     }
     expected = {
         "fine-tuned weights": (SPEC, "/models/acme/j/m.1", {"model_tag": "/models/acme/j/m.1"}),
@@ -105,7 +106,7 @@ def check_record(checks: Checks) -> None:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, weights: Path, *more: str) -> Iterator[httpx.Client]:
+def serving(folder: Path, weights: Path, *more: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """`vllm serve` with our arguments, and what a test on this machine needs besides; a repeated option counts as last given."""
     mounted = folder / "middleware"
     mounted.mkdir(exist_ok=True)
@@ -131,10 +132,13 @@ def serving(folder: Path, weights: Path, *more: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=120, trust_env=False) as client:
         try:
             wait_for(server, client, folder / "log")
-            yield client
+            yield server, client
         finally:
             server.terminate()
-            server.wait(60)
+            try:
+                server.wait(60)
+            finally:
+                server.kill()  # told to end while it starts, vLLM may not hear it
 
 
 def wait_for(server: subprocess.Popen[bytes], client: httpx.Client, log: Path) -> None:
@@ -206,6 +210,19 @@ def check_hanging_up(checks: Checks, client: httpx.Client) -> None:
     checks.that("and none was made to its end", made < 2000, made)
 
 
+def check_ending(checks: Checks, server: subprocess.Popen[bytes], client: httpx.Client) -> None:
+    """A server that is told to end brings its answers to their end, as it has to when pods are replaced."""
+    long = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with client.stream("POST", "/predict", json={**long, "stream_options": {"include_usage": True}}) as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        server.terminate()
+        *_, usage, done = lines
+    made = json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"]
+    checks.that("a stream goes on to its end after SIGTERM", (made, done) == (300, "data: [DONE]"), usage)
+    checks.that("and then the server ends by itself", server.wait(60) == 0, server.returncode)
+
+
 def metric(client: httpx.Client, name: str) -> float:
     lines = client.get("/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
@@ -245,11 +262,12 @@ def main() -> int:
         folder = Path(temporary).resolve()
         base = ensure("tiny-llama", folder / "models")
         lora = f"{ADAPTER}={adapter(base, folder / 'adapter')}"
-        with serving(folder, base, "--enable-lora", "--lora-modules", lora) as client:
+        with serving(folder, base, "--enable-lora", "--lora-modules", lora) as (server, client):
             check_generating(checks, client)
             check_hanging_up(checks, client)
+            check_ending(checks, server, client)
         checks.that("no prompt is in the log", MARK not in (folder / "log").read_text())
-        with serving(folder, base, "--runner=pooling", "--convert=embed") as client:
+        with serving(folder, base, "--runner=pooling", "--convert=embed") as (_, client):
             check_embedding(checks, client)
         checks.that("no input is in the log", MARK not in (folder / "log").read_text())
     print(f"{checks.failed} checks failed" if checks.failed else "all is well")
