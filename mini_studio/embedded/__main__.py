@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(data: Path, port: int, parent: int | None) -> int:
     """Check, then supervise until asked to stop."""
     host = os.environ.get("MINI_STUDIO_API__HOST") or stack.LOCAL
+    checks.packages()
     data = checks.data_folder(data)
     lock = checks.hold(data)
     earlier = runfile.read(data)
