@@ -159,6 +159,11 @@ class Kubernetes(BaseModel):
 
 class Serving(BaseModel):
     driver: Literal["local_process", "kubernetes"] = Field("local_process", description="What runs the model servers.")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address that local model servers listen on, each at a free port, and at which gateways reach them; "
+        "in containers a name that means this one to both.",
+    )
     poll_s: float = Field(1.0, gt=0, description="How often the reconciler compares desired and observed state.")
     ready_timeout_s: float = Field(900.0, gt=0, description="Time from applied to ready before a deployment fails.")
     threads: int = Field(
