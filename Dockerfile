@@ -6,7 +6,7 @@
 
 FROM python:3.11.14-slim-bookworm AS base
 ENV PATH=/opt/venv/bin:$PATH \
-    HOME=/data \
+    HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     MALLOC_ARENA_MAX=2 \
@@ -16,7 +16,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     MINI_STUDIO_HEALTH_PORT=8000
 # a volume that is mounted on one of the three folders for the first time takes over its owner
 RUN groupadd --gid 10001 studio \
- && useradd --uid 10001 --gid studio --home-dir /data --no-create-home --no-log-init --shell /usr/sbin/nologin studio \
+ && useradd --uid 10001 --gid studio --home-dir /tmp --no-create-home --no-log-init --shell /usr/sbin/nologin studio \
  && install --directory --owner studio --group studio /data /dfs /models
 
 # Each `packages-*` stage adds to the one before it; they change with pyproject.toml and constraints.txt alone.
