@@ -105,6 +105,10 @@ class Studio:
 
     @cached_property
     def serving(self) -> ServingDriver:
+        if self.settings.serving.driver == "kubernetes":
+            from mini_studio.drivers.kubernetes.driver import KubernetesDriver
+
+            return KubernetesDriver(self.settings.models, self.settings.serving, self.releases_changed.set)
         from mini_studio.drivers.local_process import LocalProcessDriver
 
         return LocalProcessDriver(self.settings.data.resolve() / "serving", self.settings.models, self.settings.serving)

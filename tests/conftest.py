@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.fakes import real_kafka
+from tests.fakes import real_kafka, real_kubernetes
 from tests.fakes.real_kafka import RealKafka
+from tests.fakes.real_kubernetes import RealKubernetes
 
 NO_SKIP = "MINI_STUDIO_TEST_NO_SKIP"
 
@@ -42,3 +44,28 @@ def real_bootstrap(request: pytest.FixtureRequest) -> str:
         pytest.skip(real_kafka.HOW)
     kafka: RealKafka = request.getfixturevalue("stoppable_kafka")
     return kafka.bootstrap
+
+
+@pytest.fixture(scope="session")
+def stoppable_kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKubernetes]:
+    """A real control plane that a test may kill and pause, with KEDA, and KubeRay's definitions."""
+    script = real_kubernetes.script()
+    if script is None:
+        pytest.skip(real_kubernetes.HOW_TO_STOP_IT)
+    cluster = RealKubernetes.start(
+        script, tmp_path_factory.mktemp("kubernetes"), {"KUBE_REAL_CRDS": "keda kuberay", "KUBE_REAL_NODES": "2"}
+    )
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def real_cluster(request: pytest.FixtureRequest) -> RealKubernetes:
+    """A real Kubernetes, as its administrator."""
+    given = os.environ.get(real_kubernetes.KUBECONFIG)
+    if given:
+        return RealKubernetes(Path(given))
+    if real_kubernetes.script() is None:
+        pytest.skip(real_kubernetes.HOW)
+    cluster: RealKubernetes = request.getfixturevalue("stoppable_kubernetes")
+    return cluster

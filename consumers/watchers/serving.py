@@ -5,9 +5,11 @@ import time
 from pathlib import Path
 
 import structlog
+from prometheus_client import Gauge
 
 from consumers.watchers import apart, turn
 from consumers.watchers.decisions import reported
+from events.types import DeploymentStatus
 from mini_studio.drivers.ports import ReleaseSpec
 from mini_studio.errors import Conflict, Refused, Unavailable
 from mini_studio.records.record import ANYONE
@@ -18,6 +20,9 @@ log = structlog.get_logger(__name__)
 
 IDLE_S = 10.0
 SWEEP_S = 60.0
+NAMED = 20
+"""Orphans that one line of the log names."""
+ORPHANS = Gauge("mini_studio_serving_orphans", "Deployments in the backend that no record of the studio knows.")
 AT_ONCE = 8
 """Releases that are reconciled at the same time."""
 
@@ -68,14 +73,12 @@ async def keep(release: Release, studio: Studio) -> None:
     """Apply, observe, report. What is away for now is tried again at the next turn."""
     generation = release.generation
     try:
-        await studio.serving.apply(spec(release))
+        if refused := await applied(release, studio):
+            await studio.releases.change(
+                release.client_code, release.id, lambda r: r.fail(generation, refused, refused=True)
+            )
+            return
         seen = await studio.serving.observe(release.request.name)
-    except (Refused, Conflict) as error:
-        message = error.message
-        await studio.releases.change(
-            release.client_code, release.id, lambda r: r.fail(generation, message, refused=True)
-        )
-        return
     except Unavailable as error:
         log.warning("serving.waiting", reason=error.message)
         return
@@ -83,6 +86,17 @@ async def keep(release: Release, studio: Studio) -> None:
     await studio.releases.change(
         release.client_code, release.id, lambda r: reported(r, generation, seen, now=now, patience_s=patience_s)
     )
+
+
+async def applied(release: Release, studio: Studio) -> str | None:
+    """Apply; why it is refused for good, if it is. What serves already is not given up because it cannot be repaired just now."""
+    try:
+        await studio.serving.apply(spec(release))
+    except (Refused, Conflict) as error:
+        if release.status is DeploymentStatus.DEPLOYING:
+            return error.message
+        log.warning("serving.not_repaired", reason=error.message)
+    return None
 
 
 async def remove(release: Release, studio: Studio) -> None:
@@ -95,10 +109,19 @@ async def remove(release: Release, studio: Studio) -> None:
 
 
 async def sweep(studio: Studio) -> float:
-    """Remove what was applied after its removal, by a watcher that was slow while another one took over; nobody else would look."""
+    """Remove what was applied after its removal, by a watcher that was slow while another one took over; nobody else would look.
+
+    What no release knows is reported and left alone: it may be another studio's, or this one has lost its records.
+    """
+    orphans = []
     async for report in studio.serving.list():
         release = await studio.releases.get(ANYONE, report.deployment_id)
-        if release is not None and release.settled and not release.wanted:
+        if release is None:
+            orphans.append(report.name)
+        elif release.settled and not release.wanted:
             log.warning("serving.swept", name=report.name, generation=report.generation)
             await studio.serving.remove(report.name, release.id, release.generation)
+    ORPHANS.set(len(orphans))
+    if orphans:
+        log.warning("serving.orphans", names=orphans[:NAMED], count=len(orphans))
     return SWEEP_S

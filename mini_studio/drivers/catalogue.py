@@ -1,5 +1,6 @@
 """The base models that there are, as the API and the command line see them: read from files, without any machine learning library."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from mini_studio.errors import Invalid, Unavailable
 from workloads import specs
-from workloads.base_models.catalogue import Entry, list_models
+from workloads.base_models.catalogue import Entry, installed_path, list_models
+from workloads.base_models.errors import BaseModelInvalid
 
 NAMED = 20
 """Models that an error message lists."""
@@ -30,6 +32,13 @@ class ModelCatalogue:
 
     def get(self, name: str) -> Entry | None:
         return next((entry for entry in list_models(self._models_root) if entry.name == name), None)
+
+    def folder(self, name: str) -> Path | None:
+        """The real folder of an installed model's files; None when it is not installed, or cannot be a base model's name."""
+        with contextlib.suppress(BaseModelInvalid):
+            found = installed_path(name, self._models_root)
+            return None if found is None else found.resolve()
+        return None
 
     def require(self, name: str) -> Entry:
         """Raises `Invalid`, which names the models that exist and says how to add one."""

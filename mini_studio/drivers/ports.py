@@ -131,7 +131,10 @@ class ServingDriver(Protocol):
     async def observe(self, name: str) -> ReleaseReport | None: ...
 
     async def remove(self, name: str, deployment_id: str, generation: int) -> None:
-        """Remove the objects of this deployment up to this generation; absent is fine, another's are left alone."""
+        """Remove the objects of this deployment up to this generation; absent is fine, another's are left alone.
+
+        Raises `Unavailable` while some of them are still ending: call it again.
+        """
         ...
 
     def list(self) -> AsyncIterator[ReleaseReport]: ...

@@ -1,6 +1,7 @@
-"""The serving driver contract, run on the local processes and on the fake."""
+"""The serving driver contract, run on the local processes, on a real Kubernetes, and on the fake."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from events.types import DeploymentKind
+from mini_studio.drivers.kubernetes.driver import KubernetesDriver
 from mini_studio.drivers.local_process import LocalProcessDriver
 from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec, ReleaseState, ServingDriver
-from mini_studio.errors import Conflict
-from mini_studio.settings import Serving
+from mini_studio.errors import Conflict, Unavailable
+from mini_studio.settings import Kubernetes, Serving
 from tests.fakes.local_servers import all_servers, end_all, stub_command
+from tests.fakes.real_kubernetes import RealKubernetes
 from tests.fakes.serving_driver import FakeServingDriver
 
 DEPLOYMENT = "dep_" + "1" * 24
@@ -42,6 +45,15 @@ class Bench:
         )
         return replace(spec, **changes)  # type: ignore[arg-type]
 
+    async def remove(self, name: str, deployment_id: str, generation: int) -> None:
+        """Remove until all of it is gone."""
+        for _ in range(600):
+            with contextlib.suppress(Unavailable):
+                await self.driver.remove(name, deployment_id, generation)
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{name} never went")
+
     async def settle(self, name: str, spec: ReleaseSpec | None = None) -> ReleaseReport:
         """Reconcile until it is ready or has failed."""
         for _ in range(600):
@@ -54,12 +66,20 @@ class Bench:
         raise AssertionError(f"never settled: {report}")
 
 
-@pytest.fixture(params=["fake", "local_process"])
+@pytest.fixture(params=["fake", "local_process", pytest.param("kubernetes", marks=pytest.mark.real)])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     models_root, state_dir = tmp_path / "models", tmp_path / "serving"
     models_root.mkdir()
     if request.param == "fake":
         yield Bench(FakeServingDriver(), models_root, state_dir)
+        return
+    if request.param == "kubernetes":
+        cluster: RealKubernetes = request.getfixturevalue("real_cluster")
+        with cluster.namespace() as namespace:
+            settings = Kubernetes(namespace=namespace, kubeconfig=cluster.kubeconfig, runtime="studio")
+            on_cluster = KubernetesDriver(models_root, Serving(kubernetes=settings))
+            yield Bench(on_cluster, models_root, state_dir)
+            await on_cluster.aclose()
         return
     driver = LocalProcessDriver(state_dir, models_root, Serving(threads=1), command=stub_command, backoff_s=0.01)
     yield Bench(driver, models_root, state_dir)
@@ -91,13 +111,14 @@ async def test_asked_replicas_run(bench: Bench) -> None:
             break
         await asyncio.sleep(0.05)
     assert report is not None
+    assert report.replicas == 2
     assert len(set(report.endpoints)) == (2 if isinstance(bench.driver, LocalProcessDriver) else 1)
 
 
 async def test_nothing_is_known_of_what_was_never_applied(bench: Bench) -> None:
     assert await bench.driver.observe("never") is None
     assert [report async for report in bench.driver.list()] == []
-    await bench.driver.remove("never", DEPLOYMENT, 1)
+    await bench.remove("never", DEPLOYMENT, 1)
 
 
 async def test_a_newer_generation_takes_over(bench: Bench) -> None:
@@ -120,15 +141,15 @@ async def test_a_name_belongs_to_one_deployment(bench: Bench) -> None:
     await bench.driver.apply(spec)
     with pytest.raises(Conflict):
         await bench.driver.apply(replace(spec, deployment_id=OTHER, generation=5))
-    await bench.driver.remove(spec.name, OTHER, 5)
+    await bench.remove(spec.name, OTHER, 5)
     assert await bench.driver.observe(spec.name) is not None
 
 
 async def test_remove_leaves_nothing(bench: Bench) -> None:
     spec = bench.spec()
     await bench.settle(spec.name, spec)
-    await bench.driver.remove(spec.name, DEPLOYMENT, 1)
-    await bench.driver.remove(spec.name, DEPLOYMENT, 1)
+    await bench.remove(spec.name, DEPLOYMENT, 1)
+    await bench.remove(spec.name, DEPLOYMENT, 1)
     assert await bench.driver.observe(spec.name) is None
     assert [report async for report in bench.driver.list()] == []
     assert all_servers(bench.state_dir) == []
@@ -137,14 +158,14 @@ async def test_remove_leaves_nothing(bench: Bench) -> None:
 async def test_a_late_removal_spares_its_successor(bench: Bench) -> None:
     spec = bench.spec(generation=3)
     await bench.driver.apply(spec)
-    await bench.driver.remove(spec.name, DEPLOYMENT, 2)
+    await bench.remove(spec.name, DEPLOYMENT, 2)
     assert (await bench.settle(spec.name)).state is ReleaseState.READY
 
 
 async def test_a_removed_name_is_free(bench: Bench) -> None:
     spec = bench.spec()
     await bench.driver.apply(spec)
-    await bench.driver.remove(spec.name, DEPLOYMENT, 2)
+    await bench.remove(spec.name, DEPLOYMENT, 2)
     await bench.driver.apply(replace(spec, deployment_id=OTHER))
     assert (await bench.settle(spec.name)).deployment_id == OTHER
 

@@ -17,12 +17,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def lasting_port() -> int:
-    """A free port whose next one is free as well, where no outgoing connection lands while their owner is dead for a while."""
+def lasting_port(ports: int = 2) -> int:
+    """The first of `ports` free ones in a row, where no outgoing connection lands while their owner is dead for a while."""
     while True:
-        port = random.randrange(22_000, 32_000, 2)
+        port = random.randrange(22_000, 32_000, ports)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for number in (port, port + 1):
+            for number in range(port, port + ports):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", number))
             return port
 
