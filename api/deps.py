@@ -1,6 +1,8 @@
 """What handlers are given, as `Annotated` aliases."""
 
 import re
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from datetime import datetime
 from typing import Annotated, cast
 
@@ -8,6 +10,8 @@ import httpx
 from fastapi import Depends, Header, Query, Request
 from pydantic import AwareDatetime, BeforeValidator
 
+from api.holding import Holding
+from api.load import Load
 from events.base import Cause
 from events.types import CLIENT_CODE_PATTERN
 from mini_studio.bus.routes import RouteFeed, RouteTable
@@ -34,6 +38,20 @@ def upstream(request: Request) -> httpx.AsyncClient:
     return cast("httpx.AsyncClient", request.app.state.upstream)
 
 
+def holding(request: Request) -> Holding:
+    return cast("Holding", request.app.state.holding)
+
+
+def load(request: Request) -> Load:
+    return cast("Load", request.app.state.load)
+
+
+async def until_answered() -> AsyncIterator[ExitStack]:
+    """What is entered here is left when the answer has gone out to its end, or when there will be none."""
+    with ExitStack() as stack:
+        yield stack
+
+
 def cause(request: Request) -> Cause:
     return cast("Cause", request.state.cause)
 
@@ -42,6 +60,9 @@ TheStudio = Annotated[Studio, Depends(studio)]
 Routes = Annotated[RouteTable, Depends(route_table)]
 Feed = Annotated[RouteFeed, Depends(route_feed)]
 UpstreamClient = Annotated[httpx.AsyncClient, Depends(upstream)]
+Held = Annotated[Holding, Depends(holding)]
+Loads = Annotated[Load, Depends(load)]
+UntilAnswered = Annotated[ExitStack, Depends(until_answered)]
 TheCause = Annotated[Cause, Depends(cause)]
 UserId = Annotated[
     str | None,

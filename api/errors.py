@@ -83,7 +83,8 @@ def message_of(error: Any) -> str:
 async def http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
     texts = {
-        404: f"there is no {request.url.path[:200]}; GET /docs lists the endpoints",
+        404: f"there is no {request.url.path[:200]}"
+        + ("; GET /docs lists the endpoints" if request.app.docs_url else ""),
         405: f"{request.method} is not allowed on {request.url.path[:200]}",
     }
     codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}

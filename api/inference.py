@@ -1,19 +1,16 @@
-"""Deployments, and the proxy to them."""
+"""Deployments."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Header, Query, Response
 
-from api import deploying, proxy
+from api import deploying
 from api.deps import (
     AsOf,
     Feed,
     IdempotencyHeader,
-    Routes,
     TheCause,
     TheStudio,
-    UpstreamClient,
     UserId,
     check_owner,
     check_tenant,
@@ -116,16 +113,3 @@ async def delete_deployment(
     check_tenant(user, client_code)
     deployment = await deploying.remove(name, user or client_code, studio, cause)
     return DeploymentResponse(deployment=DeploymentView.model_validate(deployment))
-
-
-@router.post("/infer/{model_name:path}", response_class=StreamingResponse)
-async def infer(
-    model_name: Annotated[str, Path(max_length=300)],
-    request: Request,
-    routes: Routes,
-    client: UpstreamClient,
-    user: UserId = None,
-) -> Response:
-    """Forward the JSON body to the model's `/predict`; the answer is passed on as it is, streamed both ways."""
-    route = proxy.route_for(routes, user, model_name)
-    return await proxy.forward(request, route, client)

@@ -41,6 +41,11 @@ def route_for(routes: RouteTable, user: str | None, model: str) -> Route:
     if route is None:
         who = f"client {user!r}" if user else "callers without X-User-ID"
         raise NotFound(f"no model {model[:200]!r} is deployed for {who}; see GET /inference/deployments")
+    return usable(route)
+
+
+def usable(route: Route) -> Route:
+    """The same route, if something answers there, be it after it was woken."""
     if route.status is DeploymentStatus.FAILED:
         raise DeploymentFailed(f"deployment {route.name} failed: {route.message}")
     if not route.endpoints:

@@ -9,7 +9,6 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mini_studio.settings import Settings
-from mini_studio.wiring import Studio
 from schemas.fine_tuning import ErrorResponse
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -60,15 +59,14 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """Tells the studio that it is about to end, so that nobody waits in vain for what comes later."""
+    """Tells the application that it is about to end, so that nobody waits in vain for what comes later."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        studio: Studio = self._app.state.studio
-        studio.leaving = True
+        self._app.state.leave()
         await super().shutdown(sockets)
 
 

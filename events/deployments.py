@@ -70,7 +70,7 @@ class DeploymentApplied(ReleaseEvent):
 
 
 class DeploymentReady(ReleaseEvent):
-    """The model answers at `endpoints`; sent again whenever they change."""
+    """The model answers at `endpoints`; sent again whenever they or `replicas` change. No replicas: it sleeps, and a request wakes it."""
 
     TYPE: ClassVar = "deployment.ready.v1"
 

@@ -107,6 +107,20 @@ def api(data: DataOption = None) -> None:
 
 
 @app.command()
+def gateway(data: DataOption = None) -> None:
+    """The inference proxy alone: /inference/infer, /health and /metrics.
+
+    It needs the event log, from which it reads the routes, and no record store. It listens where MINI_STUDIO_API__HOST
+    and MINI_STUDIO_API__PORT say. /health answers 503 until the routes have been read once.
+    """
+    settings = service_settings(data, "gateway")
+    from api.gateway import create_gateway
+    from api.server import serve
+
+    serve(create_gateway(settings), settings)
+
+
+@app.command()
 def consume(
     names: Annotated[list[ConsumerName] | None, typer.Argument(help="Which consumers; all when none is named.")] = None,
     data: DataOption = None,

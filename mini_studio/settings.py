@@ -36,6 +36,17 @@ class Api(BaseModel):
     )
     upstream_connect_s: float = Field(2.0, gt=0, description="Time to connect to a model server.")
     upstream_read_s: float = Field(300.0, gt=0, description="Longest silence of a model server while it answers.")
+    hold_requests: int = Field(
+        100,
+        ge=0,
+        description="Requests that may wait at one gateway for a deployment that was scaled to zero; more are answered 503.",
+    )
+    hold_s: float = Field(
+        120.0,
+        ge=0,
+        description="How long such a request waits before it is answered 503: longer than the usual model takes to load. "
+        "Clients, and proxies before the gateway, have to be as patient.",
+    )
     max_body_bytes: int = Field(
         16 * MIB, gt=0, description="Largest JSON body accepted (uploads have their own limit)."
     )

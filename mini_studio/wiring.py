@@ -118,11 +118,7 @@ class Studio:
         await self.s3.ensure_bucket()
 
     def broker_epoch(self) -> int:
-        """Changes when the embedded broker was replaced by an empty one; constant on a broker that keeps its log."""
-        try:
-            return broker_epoch_file(self.settings).stat().st_mtime_ns if self.settings.kafka.refill else 0
-        except OSError:
-            return 0
+        return broker_epoch(self.settings)
 
     async def aclose(self) -> None:
         async with AsyncExitStack() as stack:
@@ -136,6 +132,14 @@ class Studio:
 
 def broker_epoch_file(settings: Settings) -> Path:
     return settings.data / "run" / "broker-epoch"
+
+
+def broker_epoch(settings: Settings) -> int:
+    """Changes when the embedded broker was replaced by an empty one; constant on a broker that keeps its log."""
+    try:
+        return broker_epoch_file(settings).stat().st_mtime_ns if settings.kafka.refill else 0
+    except OSError:
+        return 0
 
 
 async def ended(task: "asyncio.Task[Any]") -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from events.fine_tuning import FineTuneFailed, FineTuneProgressed
+from events.types import DeploymentStatus
 from mini_studio.drivers.ports import ReleaseReport, ReleaseState, RunReport, RunState
 from mini_studio.records.releases import Release
 from mini_studio.records.training_runs import RunPhase, TrainingRun
@@ -144,7 +145,8 @@ def reported(
     if seen is not None and seen.generation == generation:
         present = _as_seen(present, seen, now) or present
         waited = now - present.applied_at
-        if seen.state is ReleaseState.STARTING and present.applied_at and waited > patience_s:
+        starting = seen.state is ReleaseState.STARTING and present.status is not DeploymentStatus.READY
+        if starting and present.applied_at and waited > patience_s:
             late = f"It was not ready {patience_s:.0f} s after it was started. Last seen: {seen.message or 'nothing'}"
             present = present.fail(generation, late) or present
     return None if present is release else present
@@ -153,8 +155,11 @@ def reported(
 def _as_seen(release: Release, seen: ReleaseReport, now: float) -> Release | None:
     match seen.state:
         case ReleaseState.READY:
-            return release.ready(seen.generation, seen.endpoints, seen.message or None)
+            return release.ready(seen.generation, seen.endpoints, seen.replicas, seen.message or None)
         case ReleaseState.FAILED:
             return release.fail(seen.generation, seen.message)
+        case ReleaseState.STARTING if release.may_sleep and release.status is DeploymentStatus.READY:
+            # It wakes: requests wait for it at the gateways, which know its address.
+            return release.ready(seen.generation, release.endpoints, 0, seen.message or None)
         case ReleaseState.STARTING:
             return release.restarting(seen.generation, now, seen.message or None)

@@ -33,6 +33,7 @@ class RouteTable:
         self._named: dict[tuple[str, str], list[Route]] = {}
         self._revisions: dict[str, int] = {}
         """Revision last applied per key. Tombstones count: without them a late duplicate would bring a route back."""
+        self._changed = asyncio.Event()
         self.loaded = False
         """Whether the feed has read the log to its end once."""
 
@@ -49,12 +50,22 @@ class RouteTable:
             self._routes[key] = route
             for name in self._names(route):
                 self._named.setdefault(name, []).append(route)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def until(self, reached: Callable[[], bool]) -> None:
+        """Return when the table has come so far. Each change wakes who waits."""
+        while not reached():
+            await self._changed.wait()
 
     def lookup(self, client_code: str | None, model: str) -> Route | None:
         """The client's own fine-tuned model first (by its name, else the latest of that base), then bases."""
         own = self._named.get((client_code, model), []) if client_code else []
         shared = self._named.get(("", model), [])
         return max([*own, *shared], key=lambda route: self._preference(route, model), default=None)
+
+    def get(self, key: str) -> Route | None:
+        return self._routes.get(key)
 
     def knows(self, key: str) -> bool:
         """Whether the route was ever read, be it that it is gone."""

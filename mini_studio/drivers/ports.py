@@ -114,9 +114,9 @@ class ReleaseReport:
     generation: int
     state: ReleaseState
     replicas: int = 0
-    """Replicas that answer."""
+    """Replicas that answer. None of a ready one: it sleeps, and requests that wait for it wake it."""
     endpoints: list[str] = field(default_factory=list)
-    """Base URLs of the replicas that answer, e.g. `http://127.0.0.1:41234`."""
+    """Base URLs where they answer: of each, e.g. `http://127.0.0.1:41234`, or one that stands before all of them."""
     message: str = ""
 
 

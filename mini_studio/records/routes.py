@@ -27,6 +27,8 @@ class Route(BaseModel):
     base_model: str
     status: DeploymentStatus
     endpoints: list[str] = []
+    replicas: int = 1
+    """Earlier versions' routes do not say: none of theirs slept."""
     predict_path: str = "/predict"
     requested_at: str
     revision: int
@@ -35,6 +37,11 @@ class Route(BaseModel):
     @property
     def key(self) -> str:
         return self.deployment_id
+
+    @property
+    def asleep(self) -> bool:
+        """Scaled to zero: a request that waits for it wakes it."""
+        return bool(self.endpoints) and self.replicas == 0
 
 
 class RouteRecord(Record):

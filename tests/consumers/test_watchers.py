@@ -1,6 +1,7 @@
 """What the watchers make of trainers, clusters and servers that misbehave. Records and attempt folders are real, nobody else is."""
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -230,9 +231,10 @@ async def test_a_crash_between_commit_and_announcement_is_repaired(studio: Studi
     assert attempts.final_path(run, studio.settings).is_dir()
 
 
-async def released(studio: Studio) -> DeployRequested:
+async def released(studio: Studio, **scale: int) -> DeployRequested:
     id = new_id("dep")
     request = deploy(id)
+    request = request.model_copy(update={"scale": request.scale.model_copy(update=scale)})
     await studio.releases.insert(Release.claim(envelope(request, id)))
     return request
 
@@ -289,6 +291,37 @@ async def test_a_crashed_server_is_reported_and_so_is_its_return(studio: Studio,
     await serving.reconcile(studio)
     names = ("applied", "ready", "applied", "ready")
     assert told(await release_of(studio, request)) == [f"deployment.{name}.v1" for name in names]
+
+
+async def test_every_change_of_scale_is_reported_once(studio: Studio, servers: FakeServingDriver) -> None:
+    request = await released(studio)
+    for replicas in (1, 3, 3, 0, 1):
+        await serving.reconcile(studio)
+        servers.scale(request.name, replicas)
+        await serving.reconcile(studio)
+    release = await release_of(studio, request)
+    ready = [json.loads(entry["value"]) for entry in release.outbox if entry["headers"]["ce_type"].endswith("ready.v1")]
+    assert [event["replicas"] for event in ready] == [1, 3, 0, 1]
+    assert {tuple(event["endpoints"]) for event in ready} == {(servers.endpoint,)}
+
+
+async def test_a_deployment_that_wakes_stays_ready_however_long_it_sleeps(
+    studio: Studio, servers: FakeServingDriver
+) -> None:
+    request = await released(studio, min_replicas=0)
+    await serving.reconcile(studio)
+    servers.scale(request.name, 0)
+    await serving.reconcile(studio)
+    long_ago = time.time() - 2 * studio.settings.serving.ready_timeout_s
+    await studio.releases.change(ANYONE, request.deployment_id, lambda r: r.model_copy(update={"applied_at": long_ago}))
+    servers.crash(request.name)  # a replica starts
+    await serving.reconcile(studio)
+    waking = await release_of(studio, request)
+    assert (waking.status, waking.endpoints, waking.replicas) == ("ready", [servers.endpoint], 0)
+    servers.ready(request.name)
+    servers.scale(request.name, 1)
+    await serving.reconcile(studio)
+    assert told(await release_of(studio, request)) == ["deployment.applied.v1", *3 * ["deployment.ready.v1"]]
 
 
 async def test_a_server_that_crashes_after_long_service_is_starting_not_late(

@@ -71,10 +71,14 @@ class RealKubernetes:
         command = [str(self.script), verb, str(self.data), *rest]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
 
+    @property
+    def kubectl_command(self) -> list[str]:
+        binary = "kubectl" if self.script is None else str(_installed() / "bin" / "kubectl")
+        return [binary, "--kubeconfig", str(self.kubeconfig)]
+
     def kubectl(self, *arguments: str, given: str | None = None) -> str:
         """What kubectl prints. Raises `CalledProcessError`, whose `stderr` says why."""
-        binary = "kubectl" if self.script is None else str(_installed() / "bin" / "kubectl")
-        command = [binary, "--kubeconfig", str(self.kubeconfig), *arguments]
+        command = [*self.kubectl_command, *arguments]
         return subprocess.run(command, check=True, input=given, capture_output=True, text=True).stdout
 
     def apply(self, *manifests: dict[str, Any]) -> None:

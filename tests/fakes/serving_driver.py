@@ -14,6 +14,8 @@ class FakeRelease:
     message: str = ""
     applied: int = 1
     """How often this very spec was applied."""
+    replicas: int | None = None
+    """As an autoscaler has it; None: as the spec wants."""
 
 
 class FakeServingDriver:
@@ -37,6 +39,10 @@ class FakeServingDriver:
     def crash(self, name: str) -> None:
         """Its servers are gone and are being started again."""
         self.releases[name].state = ReleaseState.STARTING
+
+    def scale(self, name: str, replicas: int) -> None:
+        """An autoscaler did so; one address stands before all replicas."""
+        self.releases[name].replicas = replicas
 
     def fail(self, name: str, message: str) -> None:
         self.releases[name].state, self.releases[name].message = ReleaseState.FAILED, message
@@ -73,8 +79,8 @@ class FakeServingDriver:
             held.spec.deployment_id,
             held.spec.generation,
             held.state,
-            replicas,
-            endpoints=[self.endpoint] * replicas,
+            replicas if held.replicas is None else held.replicas,
+            endpoints=[self.endpoint] * (replicas if held.replicas is None else 1),
             message=held.message,
         )
 

@@ -34,7 +34,7 @@ from mini_studio.bus.routes import RouteTable, revision_in
 from mini_studio.records.deployments import Deployment, deployment_id, readable_name, suffixed
 from mini_studio.records.jobs import Job
 from mini_studio.records.projection import fold, requested
-from mini_studio.records.routes import RouteRecord
+from mini_studio.records.routes import Route, RouteRecord
 from mini_studio.records.training_runs import RunPhase, TrainingRun
 from schemas.fine_tuning import FineTuningJobRequest, default_batch_size, default_learning_rate_multiplier
 
@@ -331,6 +331,17 @@ def test_a_route_is_published_whenever_its_deployment_has_a_newer_event_and_neve
     assert record.following(answering) is None
     assert record.following(asked) is None, "a late reader of the deployment takes nothing back"
     assert len(follow(record, said_again).outbox) == 2
+
+
+def test_a_route_that_sleeps_keeps_its_address() -> None:
+    awake = ready(deployment(), 1)
+    asleep = follow(awake, status(deployment(), DeploymentReady, 2, endpoints=["http://h:1"], replicas=0)).route
+    assert awake.route is not None and asleep is not None
+    assert (awake.route.asleep, asleep.asleep, asleep.endpoints) == (False, True, ["http://h:1"])
+    starting = RouteRecord.of(deployment()).route
+    assert starting is not None and not starting.asleep, "what never answered does not sleep"
+    earlier = awake.route.model_dump(exclude={"replicas"})
+    assert not Route.model_validate(earlier).asleep, "routes of earlier versions say no replicas"
 
 
 def test_every_route_record_says_its_revision_and_time() -> None:
