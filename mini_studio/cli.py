@@ -156,7 +156,7 @@ def relay(
 
 @app.command()
 def prepare(data: DataOption = None) -> None:
-    """Create what is missing (topics, bucket) and refill an embedded broker that starts empty from the journal."""
+    """Create what is missing (indexes, topics, bucket) and refill an embedded broker that starts empty from the journal."""
     settings = settings_for(data, "prepare")
     from mini_studio import maintenance
 

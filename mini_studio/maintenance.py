@@ -16,8 +16,9 @@ log = structlog.get_logger(__name__)
 
 
 async def prepare(settings: Settings) -> None:
-    """Topics, bucket, and (embedded) the journal's events; then the broker counts as a new one."""
+    """Indexes, topics, bucket, and (embedded) the journal's events; then the broker counts as a new one."""
     async with open_studio(settings) as studio:
+        await studio.store.prepare()
         await studio.prepare_buckets()
         if not settings.kafka.refill:
             await create_topics(settings.kafka)

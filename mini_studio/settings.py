@@ -77,7 +77,14 @@ class Kafka(BaseModel):
 
 class Records(BaseModel):
     sqlite: Path | None = Field(None, description="The record file; by default `records.sqlite` in the data folder.")
-    busy_timeout_s: float = Field(2.0, gt=0, description="How long a write waits for another process's lock.")
+    mongo_url: SecretStr | None = Field(
+        None,
+        description="Keep the records in the MongoDB at this URL, with its TLS and login options, and not in a file.",
+    )
+    mongo_database: str = Field("mini_studio", min_length=1, description="Database of the records in that MongoDB.")
+    busy_timeout_s: float = Field(
+        2.0, gt=0, description="How long a write waits for another process's lock, and any exchange with MongoDB."
+    )
 
 
 class S3(BaseModel):

@@ -52,9 +52,7 @@ class Studio:
 
     def __init__(self, settings: Settings, relayed: Sequence[Collection] = (), *, sweeper: bool = False) -> None:
         self.settings = settings
-        self.store: RecordStore = SqliteStore(
-            settings.record_file, COLLECTIONS + SHADOWS, busy_timeout_s=settings.records.busy_timeout_s
-        )
+        self.store = record_store(settings)
         self.publisher = Publisher(settings.kafka)
         self.dead_letters = DeadLetters(settings.kafka, self.publisher)
         self.relay = Relay(
@@ -128,6 +126,17 @@ class Studio:
                 part = self.__dict__.get(name)
                 if part is not None and hasattr(part, "aclose"):
                     stack.push_async_callback(part.aclose)
+
+
+def record_store(settings: Settings) -> RecordStore:
+    """Where the settings keep the records."""
+    records, collections = settings.records, COLLECTIONS + SHADOWS
+    if records.mongo_url is None:
+        return SqliteStore(settings.record_file, collections, busy_timeout_s=records.busy_timeout_s)
+    from mini_studio.records.mongo import MongoStore
+
+    url = records.mongo_url.get_secret_value()
+    return MongoStore(url, records.mongo_database, collections, timeout_s=records.busy_timeout_s)
 
 
 def broker_epoch_file(settings: Settings) -> Path:

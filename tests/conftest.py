@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import real_kafka, real_kubernetes
+from tests.fakes import real_kafka, real_kubernetes, real_mongo
 from tests.fakes.real_kafka import RealKafka
 from tests.fakes.real_kubernetes import RealKubernetes
+from tests.fakes.real_mongo import RealMongo
 
 NO_SKIP = "MINI_STUDIO_TEST_NO_SKIP"
 
@@ -69,3 +70,23 @@ def real_cluster(request: pytest.FixtureRequest) -> RealKubernetes:
         pytest.skip(real_kubernetes.HOW)
     cluster: RealKubernetes = request.getfixturevalue("stoppable_kubernetes")
     return cluster
+
+
+@pytest.fixture(scope="session")
+def mongo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a MongoDB, or of what speaks its protocol; a test takes a database of its own there."""
+    given, script = os.environ.get(real_mongo.ADDRESS), real_mongo.script()
+    if given:
+        yield given
+    elif script is None:
+        pytest.skip(real_mongo.HOW)
+    else:
+        mongo = RealMongo.start(script, tmp_path_factory.mktemp("mongo"))
+        yield mongo.url
+        mongo.stop()
+
+
+@pytest.fixture
+def mongo_database(mongo_url: str) -> Iterator[str]:
+    with real_mongo.own_database(mongo_url) as name:
+        yield name

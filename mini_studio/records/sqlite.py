@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import orjson
 
 from mini_studio.errors import Unavailable
-from mini_studio.records.store import Collection, Document, DuplicateRecord, JournalEntry
+from mini_studio.records.store import Collection, Document, DuplicateRecord, JournalEntry, in_turns
 
 T = TypeVar("T")
 
@@ -78,6 +78,9 @@ class SqliteStore:
         self._write_connection: sqlite3.Connection | None = None
         self._read_connection: sqlite3.Connection | None = None
 
+    async def prepare(self) -> None:
+        await self._read("SELECT 1", ())  # whoever opens the file makes what it lacks
+
     async def insert(self, collection: Collection, document: Document) -> None:
         await self._write(lambda db: _insert(db, collection, document))
 
@@ -124,10 +127,9 @@ class SqliteStore:
     async def pending(self, collections: Sequence[Collection], limit: int) -> list[tuple[Collection, Document]]:
         sql = "SELECT id, outbox FROM {} WHERE pending = 1 LIMIT ?"
         each = [await self._read(sql.format(collection.name), (limit,)) for collection in collections]
-        # The collections take turns: a long backlog of one must not hold up the others.
-        turns = itertools.zip_longest(*each)
-        rows = [(c, row) for turn in turns for c, row in zip(collections, turn, strict=True) if row is not None]
-        return [(c, {"_id": id, "outbox": orjson.loads(outbox)}) for c, (id, outbox) in rows[:limit]]
+        waiting = [[{"_id": id, "outbox": outbox} for id, outbox in rows] for rows in each]
+        found = in_turns(collections, waiting)[:limit]
+        return [(c, {**document, "outbox": orjson.loads(document["outbox"])}) for c, document in found]
 
     async def settle(self, settled: Sequence[tuple[Collection, str, Sequence[str]]]) -> None:
         by_name: dict[str, list[tuple[str, Sequence[str]]]] = {}

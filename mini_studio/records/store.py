@@ -1,9 +1,10 @@
 """The record store port: documents with compare-and-set, an outbox in every document, and the journal of all events.
 
 A document is a JSON object with `_id`, `version` (1 at insert, +1 at every write) and `outbox` (events decided by the
-same write, not yet on the log). Adapters: `sqlite`. The contract suite is tests/contracts/test_record_store.py.
+same write, not yet on the log). Adapters: `sqlite`, `mongo`. The contract suite is tests/contracts/test_record_store.py.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,6 +42,10 @@ class JournalEntry:
 
 class RecordStore(Protocol):
     """Raises `Unavailable` within the busy timeout when the store is locked or away."""
+
+    async def prepare(self) -> None:
+        """Create what is missing of tables and indexes."""
+        ...
 
     async def insert(self, collection: Collection, document: Document) -> None:
         """Write a new document, outbox included. Raises `DuplicateRecord`."""
@@ -92,7 +97,10 @@ class RecordStore(Protocol):
         ...
 
     async def journal(self, stored: Sequence[dict[str, Any]]) -> None:
-        """Append events; one that is there already, by event id, is left as it is."""
+        """Append events; one that is there already, by event id, is left as it is.
+
+        Entries become readable in the order of their positions: none appears later in front of one that was read.
+        """
         ...
 
     async def read_journal(self, *, after: int = 0, limit: int = 1000, key: str | None = None) -> list[JournalEntry]:
@@ -108,3 +116,11 @@ class RecordStore(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+def in_turns(
+    collections: Sequence[Collection], each: Sequence[Sequence[Document]]
+) -> list[tuple[Collection, Document]]:
+    """What each collection has, by turns: a long backlog of one must not hold up the others."""
+    turns = itertools.zip_longest(*each)
+    return [(c, found) for turn in turns for c, found in zip(collections, turn, strict=True) if found is not None]

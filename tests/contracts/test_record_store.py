@@ -1,27 +1,47 @@
 """The record store contract, run on every adapter."""
 
 import asyncio
-import sqlite3
-import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
-from mini_studio.errors import Unavailable
+from mini_studio.records.mongo import MongoStore
 from mini_studio.records.sqlite import SqliteStore
 from mini_studio.records.store import Collection, Document, DuplicateRecord, RecordStore
 
 THINGS = Collection("things", unique=("name",), listed_by=("client_code",))
+OTHERS = Collection("others")
+COLLECTIONS = (THINGS, OTHERS)
+
+Open = Callable[[], RecordStore]
 
 
-@pytest.fixture(params=["sqlite"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RecordStore]:
-    store = SqliteStore(tmp_path / "records.sqlite", [THINGS], busy_timeout_s=0.3)
-    yield store
-    await store.aclose()
+@pytest.fixture(params=["sqlite", pytest.param("mongo", marks=pytest.mark.real)])
+async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Open]:
+    """Opens the same store once more, as another process would."""
+    name = request.getfixturevalue("mongo_database") if request.param == "mongo" else ""
+    async with AsyncExitStack() as stack:
+
+        def open_one() -> RecordStore:
+            store: SqliteStore | MongoStore
+            if request.param == "mongo":
+                store = MongoStore(request.getfixturevalue("mongo_url"), name, COLLECTIONS)
+            else:
+                store = SqliteStore(tmp_path / "records.sqlite", COLLECTIONS)
+            stack.push_async_callback(store.aclose)
+            return store
+
+        yield open_one
+
+
+@pytest.fixture
+async def store(open_store: Open) -> RecordStore:
+    store = open_store()
+    await store.prepare()
+    return store
 
 
 def thing(
@@ -155,15 +175,12 @@ async def test_settling_races_changes_and_neither_is_lost(store: RecordStore) ->
     assert sorted(published) == sorted(f"e{number}" for number in range(60)), "each once"
 
 
-async def test_pending_collections_take_turns(tmp_path: Path) -> None:
-    others = Collection("others")
-    store = SqliteStore(tmp_path / "records.sqlite", [THINGS, others])
+async def test_pending_collections_take_turns(store: RecordStore) -> None:
     for n in range(10):
         await store.insert(THINGS, thing(f"a{n}", events=1))
-    await store.insert(others, thing("b", events=1))
-    found = await store.pending([THINGS, others], 4)
+    await store.insert(OTHERS, thing("b", events=1))
+    found = await store.pending([THINGS, OTHERS], 4)
     assert [document["_id"] for _, document in found] == ["a0", "b", "a1", "a2"], "and the oldest first"
-    await store.aclose()
 
 
 async def test_journal_keeps_each_event_once_and_in_order(store: RecordStore) -> None:
@@ -185,28 +202,11 @@ async def test_the_journal_tells_events_by_id(store: RecordStore) -> None:
     assert await store.journalled([]) == {}
 
 
-async def test_a_second_process_sees_and_fences(store: RecordStore, tmp_path: Path) -> None:
-    other = SqliteStore(tmp_path / "records.sqlite", [THINGS])
+async def test_a_second_process_sees_and_fences(store: RecordStore, open_store: Open) -> None:
+    other = open_store()
     await store.insert(THINGS, thing("a"))
     assert await other.replace(THINGS, {**thing("a"), "version": 2}, 1)
     assert not await store.replace(THINGS, {**thing("a"), "version": 2}, 1)
-    await other.aclose()
-
-
-async def test_a_locked_store_is_unavailable_soon(store: RecordStore, tmp_path: Path) -> None:
-    await store.insert(THINGS, thing("a"))
-    lock = sqlite3.connect(tmp_path / "records.sqlite", isolation_level=None)
-    lock.execute("BEGIN IMMEDIATE")
-    with pytest.raises(Unavailable):
-        await store.insert(THINGS, thing("b"))
-    assert await store.get(THINGS, "a") is not None, "readers go on"
-    before = time.monotonic()
-    queued = await asyncio.gather(*(store.insert(THINGS, thing(f"q{n}")) for n in range(20)), return_exceptions=True)
-    assert all(isinstance(answer, Unavailable) for answer in queued)
-    assert time.monotonic() - before < 3, "nobody waits for those before him"
-    lock.execute("ROLLBACK")
-    lock.close()
-    await store.insert(THINGS, thing("b"))
 
 
 async def test_one_that_fails_leaves_those_beside_it_as_they_are(store: RecordStore) -> None:
@@ -217,52 +217,81 @@ async def test_one_that_fails_leaves_those_beside_it_as_they_are(store: RecordSt
     assert len(await store.find(THINGS, {}, limit=1000)) == 61
 
 
-async def test_a_new_store_may_be_opened_by_many_at_once(tmp_path: Path) -> None:
-    for attempt in range(40):
-        stores = [SqliteStore(tmp_path / f"{attempt}.sqlite", [THINGS]) for _ in range(8)]
-        await asyncio.gather(*(work for s in stores for work in (s.get(THINGS, "a"), s.settle([(THINGS, "a", [])]))))
-        for store in stores:
-            await store.aclose()
+async def test_fifty_claim_and_one_wins_each_time(store: RecordStore, open_store: Open) -> None:
+    """Half of them from another process, by an insert under a unique name and by a compare-and-set of a queued one."""
+    other = open_store()
+    stores = [store, other] * 25
+    for round in range(20):
+        inserts = [s.insert(THINGS, thing(f"{round}-{n}", name=f"job-{round}")) for n, s in enumerate(stores)]
+        answers = await asyncio.gather(*inserts, return_exceptions=True)
+        assert answers.count(None) == 1
+        assert [a.field for a in answers if isinstance(a, DuplicateRecord)] == ["name"] * 49
+        (queued,) = await store.find(THINGS, {"name": f"job-{round}"}, limit=2)
+        claims = [{**queued, "version": 2, "client_code": f"claimer-{n}"} for n in range(50)]
+        won = await asyncio.gather(*(s.replace(THINGS, c, 1) for s, c in zip(stores, claims, strict=True)))
+        assert won.count(True) == 1
+        assert await other.get(THINGS, queued["_id"]) == claims[won.index(True)]
 
 
-async def test_a_file_of_before_the_outbox_had_its_column_is_brought_over(tmp_path: Path) -> None:
-    file = tmp_path / "records.sqlite"
-    old = sqlite3.connect(file, isolation_level=None)
-    old.execute(
-        "CREATE TABLE things (id TEXT PRIMARY KEY, version INTEGER NOT NULL, "
-        "pending INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID"
-    )
-    old.execute("CREATE UNIQUE INDEX things_u_name ON things (doc ->> '$.name')")
-    held = [thing("a", events=2), thing("b")]
-    for document in held:
-        row = (document["_id"], 1, int(bool(document["outbox"])), orjson.dumps(document).decode())
-        old.execute("INSERT INTO things VALUES (?, ?, ?, ?)", row)
-    old.close()
-    store = SqliteStore(file, [THINGS])
-    assert [await store.get(THINGS, document["_id"]) for document in held] == held
-    await store.settle([(THINGS, "a", ["a-0", "a-1"])])
-    assert await store.pending([THINGS], 10) == []
-    with pytest.raises(DuplicateRecord):
-        await store.insert(THINGS, thing("c", name="a"))
-    await store.aclose()
+async def test_documents_without_a_unique_field_are_not_compared(store: RecordStore) -> None:
+    nameless = [{name: value for name, value in thing(id).items() if name != "name"} for id in ("a", "b")]
+    for document in nameless:
+        await store.insert(THINGS, document)
+    assert await store.scan(THINGS, limit=10) == nameless
+    await store.insert(THINGS, thing("c"))
+    assert not any(await store.put_all(THINGS, [({**nameless[0], "version": 2, "name": "c"}, 1)]))
+    with pytest.raises(DuplicateRecord) as caught:
+        await store.replace(THINGS, {**nameless[0], "version": 2, "name": "c"}, 1)
+    assert caught.value.field == "name"
 
 
-class Guarded(SqliteStore):
-    """Fails when a cursor leaves its thread: freed elsewhere, it would reset a statement that the next write is using."""
+async def test_every_kind_of_value_comes_back(store: RecordStore) -> None:
+    """Times are texts, and keep their microseconds."""
+    values: list[Any] = [0, -1, 2**31, 2**53 + 1, 0.1, 1e300, 5.0, True, None, "", "\u2028\U0001f600", [[1], {}]]
+    times = ["2026-01-01T00:00:00.000001Z", "2026-01-01T00:00:00.000002Z"]
+    rich = {**thing("a", at=times[1]), "values": values, "map": {"a.b/c": 1, "with space": {}}}
+    await store.insert(THINGS, rich)
+    await store.insert(THINGS, thing("b", at=times[0]))
+    found = await store.get(THINGS, "a")
+    assert found == rich
+    assert all(isinstance(came, type(went)) for came, went in zip(found["values"], values, strict=True))
+    assert [d["_id"] for d in await store.find(THINGS, {"client_code": "acme"}, limit=2)] == ["a", "b"]
 
-    async def _write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
-        result = await super()._write(work)
-        assert not isinstance(result, sqlite3.Cursor)
-        return result
+
+async def test_a_document_that_is_gone_is_not_replaced(store: RecordStore) -> None:
+    gone = {**thing("a"), "version": 2}
+    assert not await store.replace(THINGS, gone, 1)
+    assert await store.put_all(THINGS, [(gone, 1), (thing("b"), None)]) == [False, True]
+    assert await store.get(THINGS, "a") is None
 
 
-async def test_no_cursor_leaves_its_thread(tmp_path: Path) -> None:
-    store = Guarded(tmp_path / "records.sqlite", [THINGS])
-    await store.insert(THINGS, thing("a", events=1))
-    await store.replace(THINGS, {**thing("a", events=1), "version": 2}, 1)
-    await store.put_all(THINGS, [(thing("b"), None)])
-    await store.journal(thing("a", events=1)["outbox"])
-    await store.settle([(THINGS, "a", ["a-0"])])
-    assert len(await store.scan(THINGS, limit=10)) == 2
-    await store.clear(THINGS)
-    await store.aclose()
+async def test_a_clients_list_holds_nobody_elses(store: RecordStore) -> None:
+    for n in range(30):
+        await store.insert(THINGS, thing(f"t{n:02}", client=f"client{n % 3}"))
+    pages = [await store.find(THINGS, {"client_code": f"client{n}"}, limit=100, newest_first=False) for n in range(3)]
+    assert [[d["_id"] for d in page] for page in pages] == [[f"t{n:02}" for n in range(c, 30, 3)] for c in range(3)]
+    assert await store.find(THINGS, {"client_code": "client"}, limit=100) == []
+
+
+async def test_journals_of_many_writers_grow_at_their_end_alone(store: RecordStore, open_store: Open) -> None:
+    """Two of them journal the same events, as two relays of one outbox do. Nobody who reads on misses one."""
+    histories = [thing(f"h{n}", events=40)["outbox"] for n in range(4)]
+    read: list[str] = []
+
+    async def write(store: RecordStore, history: list[dict[str, Any]]) -> None:
+        for first in range(0, len(history), 5):
+            await store.journal(history[first : first + 8])
+
+    async def follow(store: RecordStore) -> None:
+        position = 0
+        while len(read) < 160:
+            for entry in await store.read_journal(after=position, limit=7):
+                read.append(entry.event_id)
+                position = entry.position
+
+    writers = [write(open_store(), history) for history in histories for _ in range(2)]
+    await asyncio.wait_for(asyncio.gather(follow(store), *writers), 60)
+    assert [entry.event_id for entry in await store.read_journal(limit=200)] == read
+    for number, history in enumerate(histories):
+        of_one = [id for id in read if id.startswith(f"h{number}-")]
+        assert of_one == [entry["headers"]["ce_id"] for entry in history]
