@@ -28,7 +28,7 @@ from workloads.train.batches import batches_per_epoch, collate, epoch_order
 from workloads.train.dataset import Row
 from workloads.train.job import Reporter
 from workloads.train.loop import fit
-from workloads.train.optimize import learning_rate
+from workloads.train.optimize import Optimizer, learning_rate
 
 SEED = 7
 TARGET = 0.95
@@ -119,12 +119,14 @@ def _compare(
 
 def _ours(learner: model.Learner, rows: Sequence[Row], spec: TrainSpec, attempt: Attempt) -> None:
     """What a job does, its progress lines and its sign of life included."""
+    total_steps = batches_per_epoch(len(rows), spec.batch_size)
+    optimizer = Optimizer(learner.model.parameters(), rate=_rate(learner, spec), total_steps=total_steps)
     fit(
         learner,
+        optimizer,
         rows,
         n_epochs=1,
         batch_size=spec.batch_size,
-        learning_rate=_rate(learner, spec),
         seed=SEED,
         after_step=Reporter(attempt, rows=len(rows)).after_step,
     )

@@ -74,7 +74,9 @@ class FineTuneQueued(TrainingEvent):
 
     TYPE: ClassVar = "fine_tune.queued.v1"
 
-    reason: str | None = Field(None, description="Why it is queued again, when it was running before.")
+    reason: str | None = Field(
+        None, description="Why it is queued again, when it was running before; or what keeps it from starting."
+    )
 
 
 class FineTuneStarted(TrainingEvent):

@@ -11,6 +11,7 @@
     |-- Refused                   500  a backend (Kubernetes, Ray) refused for good; its own message
     |-- Upstream                  502  a model server broke
     |-- Unavailable               503  a part is away for now; retryable
+    |   |-- Denied                503  a part does not take the studio's own credentials; the message names the setting
     |   `-- NotReady              503  the model is starting
     |       `-- DeploymentFailed  503  the model could not be started
     `-- UpstreamTimeout           504  a model server did not answer in time
@@ -97,6 +98,10 @@ class Unavailable(StudioError):
     """A part of the studio is away for now; try again shortly."""
 
     status, code, retryable = 503, "unavailable", True
+
+
+class Denied(Unavailable):
+    """A part does not take the credentials that the studio has for it."""
 
 
 class NotReady(Unavailable):

@@ -108,11 +108,24 @@ class Uploads(BaseModel):
 class Training(BaseModel):
     ray_address: str = Field("http://127.0.0.1:8265", description="Address of Ray's HTTP API (Jobs and state).")
     ray_timeout_s: float = Field(5.0, gt=0, description="Longest wait for one answer of Ray.")
+    ray_token: SecretStr | None = Field(
+        None, description="Token of a Ray cluster that runs with RAY_AUTH_MODE=token; it is sent with every request."
+    )
     max_running: int = Field(1, ge=1, description="Trainings that run at once; the others wait in our own queue.")
     threads: int = Field(
         default_factory=lambda: max(1, os.cpu_count() or 1),
         ge=1,
-        description="CPU threads of one training; tiny models use one.",
+        description="CPU threads of a training with one worker; tiny models use one. Of several workers each has `cpus` threads.",
+    )
+    workers: int = Field(
+        1, ge=1, description="Workers that train one model together, through Ray Train when there are several."
+    )
+    cpus: float = Field(1.0, gt=0, description="CPUs that Ray keeps for each worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs of each worker.")
+    checkpoint_every_s: float = Field(
+        60.0,
+        ge=0,
+        description="Least time between two checkpoints of a training; it is longer where saving takes over a twentieth of it.",
     )
     max_attempts: int = Field(
         3,

@@ -99,7 +99,9 @@ class Studio:
     def cluster(self) -> TrainingCluster:
         from mini_studio.drivers.ray import RayCluster
 
-        return RayCluster(self.settings.training.ray_address, timeout_s=self.settings.training.ray_timeout_s)
+        training = self.settings.training
+        token = training.ray_token.get_secret_value() if training.ray_token else None
+        return RayCluster(training.ray_address, timeout_s=training.ray_timeout_s, token=token)
 
     @cached_property
     def serving(self) -> ServingDriver:

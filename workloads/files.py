@@ -4,6 +4,17 @@ import os
 from pathlib import Path
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, and through to the disk. One writer at a time."""
+    fresh = path.with_name(f".{path.name}.new")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Write a folder's entries (not the files' content) through to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

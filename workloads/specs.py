@@ -7,6 +7,7 @@ A job's folder, `<models root>/<client>/<job id>/`:
     attempts/<n>/progress.jsonl   one `Progress` a line (written by the trainer, appended)
     attempts/<n>/heartbeat        touched by the trainer every few seconds
     attempts/<n>/weights/         the model, loadable by transformers alone
+    attempts/<n>/checkpoints/     `step-<step>.pt`, from which a later attempt goes on, and then `step-<step>.json`, its `Checkpoint`
     attempts/<n>/manifest.json    `Manifest`, written last and atomically: its presence means the attempt is complete
     model -> attempts/<n>/weights the committed result (linked by the studio)
 """
@@ -22,6 +23,7 @@ PROGRESS = "progress.jsonl"
 HEARTBEAT = "heartbeat"
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
+CHECKPOINTS = "checkpoints"
 COMMITTED = "model"
 BASE_MODELS = ".base"
 """Folder of the base models under the models root; a client code cannot start with a dot."""
@@ -66,6 +68,14 @@ class TrainSpec(BaseModel):
     lora_over_parameters: int = Field(default=20_000_000, description="Models with more parameters default to LoRA.")
     max_length: int | None = Field(default=None, description="Tokens a row may have; None: the model's own limit.")
     threads: int = Field(default=1, ge=1)
+    workers: int = Field(
+        default=1, ge=1, description="Processes that train together; every batch is shared among them."
+    )
+    cpus: float = Field(
+        default=1.0, gt=0, description="CPUs that the cluster keeps for each worker, when there are several."
+    )
+    gpus: float = Field(default=0.0, ge=0, description="GPUs of each worker, when there are several.")
+    checkpoint_every_s: float = Field(default=60.0, ge=0, description="Least time between two checkpoints.")
     progress_every_s: float = Field(default=2.0, gt=0)
 
 
@@ -89,7 +99,9 @@ class Progress(BaseModel):
     train_loss: float | None = None
     eta_seconds: float | None = None
     # failed
-    code: str | None = Field(default=None, description="out_of_memory, bad_row, base_model, fenced, internal ...")
+    code: str | None = Field(
+        default=None, description="out_of_memory, bad_row, base_model, fenced, lost_worker, internal ..."
+    )
 
 
 class ManifestFile(BaseModel):
@@ -112,6 +124,17 @@ class Manifest(BaseModel):
     train_loss: float
     steps: int
     tokens: int
+
+
+class Checkpoint(BaseModel):
+    """Says that a checkpoint is complete, and after which step it was taken. `file.path` is relative to its folder."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: int
+    total_steps: int
+    method: Literal["lora", "full"]
+    file: ManifestFile
 
 
 class ServerStatus(BaseModel):

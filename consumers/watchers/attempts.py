@@ -1,15 +1,19 @@
 """The files of a training attempt, as the studio writes and reads them; `workloads.specs` draws the folder."""
 
 import contextlib
+import math
+import shutil
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from mini_studio.drivers.ports import Workers
 from mini_studio.files import replace_file
 from mini_studio.ingest import key_of
 from mini_studio.records.training_runs import TrainingRun
 from mini_studio.settings import Settings
 from workloads.specs import (
+    CHECKPOINTS,
     COMMITTED,
     CURRENT_ATTEMPT,
     HEARTBEAT,
@@ -43,7 +47,7 @@ def final_path(run: TrainingRun, settings: Settings) -> Path:
 
 
 def train_spec(run: TrainingRun, settings: Settings) -> TrainSpec:
-    parameters = run.request.hyperparameters
+    parameters, training = run.request.hyperparameters, settings.training
     lora = parameters.lora
     return TrainSpec(
         job_id=run.id,
@@ -61,8 +65,17 @@ def train_spec(run: TrainingRun, settings: Settings) -> TrainSpec:
         seed=parameters.seed,
         method=parameters.method,
         lora=LoraSpec(**lora.model_dump()) if lora else None,
-        threads=settings.training.threads,
+        threads=training.threads if training.workers == 1 else math.ceil(training.cpus),
+        workers=training.workers,
+        cpus=training.cpus,
+        gpus=training.gpus,
+        checkpoint_every_s=training.checkpoint_every_s,
     )
+
+
+def workers(settings: Settings) -> Workers:
+    """What a training needs of the cluster."""
+    return Workers(settings.training.workers, settings.training.cpus, settings.training.gpus)
 
 
 def prepare(spec: TrainSpec) -> Path:
@@ -71,7 +84,15 @@ def prepare(spec: TrainSpec) -> Path:
     attempt.mkdir(parents=True, exist_ok=True)
     replace_file(spec.job_dir / CURRENT_ATTEMPT, spec.token)
     replace_file(attempt / SPEC, spec.model_dump_json())
+    _keep_newest_checkpoints(spec)
     return attempt / SPEC
+
+
+def _keep_newest_checkpoints(spec: TrainSpec) -> None:
+    """An attempt goes on from a copy of its own, so what those before the last one left is of no use any more."""
+    before = [attempt_dir(spec.job_dir, number) / CHECKPOINTS for number in range(spec.attempt - 1, 0, -1)]
+    for older in [folder for folder in before if any(folder.glob("step-*.json"))][1:]:
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def void(job_dir: Path, token: str) -> None:
@@ -80,6 +101,12 @@ def void(job_dir: Path, token: str) -> None:
     with contextlib.suppress(*ABSENT):
         if file.read_text() == token:
             file.unlink()
+
+
+def remove_checkpoints(job_dir: Path) -> None:
+    """The job is over. What an attempt that does not know it yet writes late stays, until its fence ends it."""
+    for folder in job_dir.glob(f"attempts/*/{CHECKPOINTS}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_progress(attempt: Path, offset: int) -> tuple[list[Progress], int]:

@@ -16,6 +16,8 @@ from workloads.specs import Progress
 FAILURE_CODES = frozenset(FineTuneFailed.model_fields["code"].annotation.__args__)  # type: ignore[union-attr]
 INTERRUPTED = frozenset({"fenced", "stopped"})
 """Codes of a trainer that was told to stop: the attempt is lost, the job is not."""
+LOST_WORKER = "lost_worker"
+"""Code of a trainer one of whose workers has gone: the next attempt may have more luck."""
 KILLED_BY_SIGNAL = ("SIGKILL", "SIGTERM", "signal", "exit code -", "exit code 137", "exit code 143")
 
 
@@ -106,6 +108,8 @@ def _ended(failure: Progress) -> Action:
     """The trainer said itself why it ended."""
     if failure.code in INTERRUPTED:
         return Lose("The trainer was stopped before it was done.", interrupted=True)
+    if failure.code == LOST_WORKER:
+        return Lose(failure.message or "A worker of the training was lost.", interrupted=False)
     code = failure.code if failure.code and failure.code in FAILURE_CODES else "internal"
     return Fail(code, failure.message or "The trainer failed and gave no reason.")
 

@@ -13,7 +13,7 @@ import structlog
 from consumers.watchers import apart, attempts, turn
 from consumers.watchers.decisions import Action, Announce, Attempt, Commit, Fail, Lose, Report, Start, next_actions
 from events.fine_tuning import FineTuneSucceeded
-from mini_studio.errors import Refused, Unavailable
+from mini_studio.errors import Denied, Refused, Unavailable
 from mini_studio.records.record import ANYONE, Change
 from mini_studio.records.training_runs import RunPhase, TrainingRun
 from mini_studio.wiring import Studio
@@ -37,10 +37,14 @@ async def reconcile(studio: Studio) -> float:
     for run in active:
         with bound(run), apart():
             await follow(run, studio)
-    free = max(0, studio.settings.training.max_running - sum(run.phase is not RunPhase.COMMITTED for run in active))
+    running = sum(run.phase is not RunPhase.COMMITTED for run in active)
+    free = max(0, studio.settings.training.max_running - running)
     # The queue may be long, and it is looked at with every job that comes: no more of it than may start, or tells that there is one.
     queued = await by(studio, RunPhase.QUEUED, limit=max(1, free))
-    started = [run for run in queued[:free] if await start(run, studio)]
+    started = 0
+    for run in queued[:free]:
+        with bound(run), apart():
+            started += await start(run, studio, running + started)
     return studio.settings.training.poll_s if active or started else (1.0 if queued else IDLE_S)
 
 
@@ -54,9 +58,20 @@ def bound(run: TrainingRun) -> contextlib.AbstractContextManager[None]:
     )
 
 
-async def start(run: TrainingRun, studio: Studio) -> bool:
-    """Take the run's next attempt and submit it, if the cluster is there to take it."""
-    if not (await studio.cluster.status())["available"]:
+async def start(run: TrainingRun, studio: Studio, running: int) -> bool:
+    """Take the run's next attempt and submit it, if the cluster has room for it beside those that are running.
+
+    Ray would keep what it has no room for, for ever or until it fails: the queue is here.
+    """
+    try:
+        if not await studio.cluster.has_room(attempts.workers(studio.settings), running=running):
+            return False
+    except (Refused, Denied) as error:
+        reason = error.message
+        if await change(run, studio, lambda r: r.wait(reason)):
+            log.warning("training.waits", reason=reason)
+        return False
+    except Unavailable:
         return False
     begun = await change(run, studio, lambda r: r.begin_attempt())
     if begun is None:
@@ -67,7 +82,6 @@ async def start(run: TrainingRun, studio: Studio) -> bool:
 
 
 async def submit(run: TrainingRun, studio: Studio) -> None:
-    settings = studio.settings.training
     spec = attempts.train_spec(run, studio.settings)
     try:
         file = await asyncio.to_thread(attempts.prepare, spec)
@@ -78,9 +92,12 @@ async def submit(run: TrainingRun, studio: Studio) -> None:
         return
     try:
         await studio.cluster.submit(
-            run.submission_id, file, cpus=1, gpus=0, metadata={"job_id": run.id, "attempt": str(run.attempt)}
+            run.submission_id,
+            file,
+            workers=attempts.workers(studio.settings),
+            metadata={"job_id": run.id, "attempt": str(run.attempt)},
         )
-        log.info("training.submitted", submission_id=run.submission_id, threads=settings.threads)
+        log.info("training.submitted", submission_id=run.submission_id, workers=spec.workers, threads=spec.threads)
     except Refused as error:
         message = f"Ray refused the training: {error.message}"
         await change(run, studio, lambda r: r.fail(run.token, code="refused", message=message))
@@ -102,8 +119,12 @@ async def observe(run: TrainingRun, studio: Studio) -> Attempt:
     patience_s = settings.lost_after_s if run.phase is RunPhase.RUNNING else settings.start_timeout_s
     reported = None
     if silent_s >= min(2.0, patience_s):
-        with contextlib.suppress(Unavailable):
+        try:
             reported = await studio.cluster.report(run.submission_id)
+        except Denied as error:
+            log.warning("training.denied", reason=error.message)
+        except Unavailable:
+            pass
     lines, read = await asyncio.to_thread(attempts.read_progress, folder, run.reported_bytes)
     complete = await asyncio.to_thread(attempts.complete, folder, run)
     return Attempt(lines, read, complete, silent_s > patience_s, reported)
@@ -135,6 +156,7 @@ async def change(run: TrainingRun, studio: Studio, transition: Change[TrainingRu
 async def announce(run: TrainingRun, studio: Studio) -> None:
     """Point the job's final path at the committed attempt, then say so."""
     manifest = await asyncio.to_thread(attempts.publish, attempts.folder(run, studio.settings), run)
+    await asyncio.to_thread(attempts.remove_checkpoints, attempts.job_folder(run, studio.settings))
     event = FineTuneSucceeded(
         job_id=run.id,
         attempt=run.attempt,
@@ -150,8 +172,10 @@ async def announce(run: TrainingRun, studio: Studio) -> None:
 
 async def fail(run: TrainingRun, code: str, message: str, studio: Studio) -> None:
     tail = await studio.cluster.logs(run.submission_id, LOG_LINES)
-    await change(run, studio, lambda r: r.fail(run.token, code=code, message=message, log_tail=tail))
-    log.warning("training.failed", code=code, reason=message)
+    failed = await change(run, studio, lambda r: r.fail(run.token, code=code, message=message, log_tail=tail))
+    if failed is not None:
+        await asyncio.to_thread(attempts.remove_checkpoints, attempts.job_folder(run, studio.settings))
+        log.warning("training.failed", code=code, reason=message)
 
 
 async def lose(run: TrainingRun, lost: Lose, studio: Studio) -> None:
@@ -164,5 +188,8 @@ async def lose(run: TrainingRun, lost: Lose, studio: Studio) -> None:
     )
     if done is not None:
         log.warning("training.lost", reason=reason)
-        await asyncio.to_thread(attempts.void, attempts.job_folder(run, studio.settings), run.token)
+        job_folder = attempts.job_folder(run, studio.settings)
+        await asyncio.to_thread(attempts.void, job_folder, run.token)
+        if done.phase.over:
+            await asyncio.to_thread(attempts.remove_checkpoints, job_folder)
         studio.runs_changed.set()

@@ -57,12 +57,27 @@ class RunReport:
     message: str = ""
 
 
-class TrainingCluster(Protocol):
-    """Runs training programs. Every call ends within the cluster's timeout setting; `Unavailable` when it is away."""
+@dataclass(frozen=True)
+class Workers:
+    """What one training needs: so many workers at once, each with so much of a single node."""
 
-    async def submit(
-        self, submission_id: str, spec_file: Path, *, cpus: float, gpus: float, metadata: dict[str, str]
-    ) -> None:
+    count: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+class TrainingCluster(Protocol):
+    """Runs training programs. Every call ends within the cluster's timeout setting; `Unavailable` when it is away, and `Denied`
+    when it does not take the studio's token."""
+
+    async def has_room(self, workers: Workers, *, running: int) -> bool:
+        """Whether one more training can start now, beside `running` ones that the cluster may not count yet.
+
+        Raises `Refused` when it never can on the cluster as it is.
+        """
+        ...
+
+    async def submit(self, submission_id: str, spec_file: Path, *, workers: Workers, metadata: dict[str, str]) -> None:
         """Start `python -m workloads.train <spec_file>`. A submission id that exists already is success. Raises `Refused`."""
         ...
 

@@ -2,6 +2,9 @@
 
 Ray's job table is a hint, never the truth: it forgets everything when the head dies, says RUNNING of drivers that are gone, and
 ignores a stop of a job that is still pending. What makes that harmless is the attempt's fence (see `workloads.specs`), not this file.
+
+A cluster with RAY_AUTH_MODE=token wants its token with every request. The training itself gets it from the cluster, whose processes
+have it in their environment: in the submission it would be shown to everyone who may list jobs.
 """
 
 import asyncio
@@ -18,8 +21,8 @@ from urllib.parse import quote
 
 import httpx
 
-from mini_studio.drivers.ports import RunReport, RunState
-from mini_studio.errors import Refused, StudioError, Unavailable
+from mini_studio.drivers.ports import RunReport, RunState, Workers
+from mini_studio.errors import Denied, Refused, StudioError, Unavailable
 from workloads import specs
 
 STATUS_S = 1.8
@@ -37,6 +40,10 @@ STATES = {
 LOST_WORKER = frozenset({"JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE"})
 """Ray calls these FAILED, but it was the worker that went, not the training that failed."""
 TRY_AGAIN = frozenset({408, 425, 429})
+DENIED = {
+    401: "wants a token: set MINI_STUDIO_TRAINING__RAY_TOKEN to the cluster's",
+    403: "does not take MINI_STUDIO_TRAINING__RAY_TOKEN: set it to the cluster's own token",
+}
 NOISE = re.compile(r"^(\S+ \S+\tINFO job_manager\.py:\d+ -- Runtime env is setting up\.|Running entrypoint for job )")
 NEWLINE = re.compile(rb"(?<!\\)(?:\\\\)*\\n")
 """An escaped newline inside a JSON string."""
@@ -46,7 +53,7 @@ class RayCluster:
     """Implements `TrainingCluster`. `address` is Ray's dashboard, e.g. `http://127.0.0.1:8265`.
 
     `python` is the interpreter on the cluster's nodes and `pythonpath` the folder that holds the package `workloads` there;
-    both default to this process's own, which is right for a cluster on this machine. `token` is for a cluster with RAY_AUTH_MODE=token.
+    both default to this process's own, which is right for a cluster on this machine.
     """
 
     def __init__(
@@ -75,20 +82,38 @@ class RayCluster:
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def submit(
-        self, submission_id: str, spec_file: Path, *, cpus: float, gpus: float, metadata: dict[str, str]
-    ) -> None:
-        """Start the training program on `spec_file`. The same submission again is success; another one under its id is `Refused`."""
+    async def has_room(self, workers: Workers, *, running: int) -> bool:
+        nodes, usage = await asyncio.gather(self._nodes(), self._usage())
+        alive = [node for node in nodes if node.get("state") == "ALIVE"]
+        if not alive:
+            raise Unavailable(f"Ray at {self._address} has no node that is alive")
+        if sum(_places(node, workers) for node in alive) < workers.count:
+            raise Refused(_too_small(workers))
+        resources = _resources(alive, usage)
+        for name, each in (("cpu", workers.cpus), ("gpu", workers.gpus)):
+            needed = workers.count * each
+            # what was just submitted is in the cluster's own count only after some seconds
+            used = max(resources[name]["used"] or 0.0, running * needed)
+            if needed > resources[name]["total"] - used:
+                return False
+        return True
+
+    async def submit(self, submission_id: str, spec_file: Path, *, workers: Workers, metadata: dict[str, str]) -> None:
+        """Start the training program on `spec_file`. The same submission again is success; another one under its id is `Refused`.
+
+        One worker is the submitted program itself. Of several, the program only starts them, and needs nothing but a place.
+        """
+        alone = workers.count == 1
         body: dict[str, Any] = {
             "submission_id": submission_id,
             # without `exec` the trainer is a grandchild that survives its shell, and so a killed head
             "entrypoint": "exec " + shlex.join([*self._program, str(spec_file)]),
-            "runtime_env": {"env_vars": self._environment(cpus)},
+            "runtime_env": {"env_vars": self._environment(workers.cpus)},
             "metadata": {key: str(value) for key, value in metadata.items()},
-            "entrypoint_num_cpus": cpus,
+            "entrypoint_num_cpus": workers.cpus if alone else 0,
         }
-        if gpus > 0:
-            body["entrypoint_num_gpus"] = gpus
+        if alone and workers.gpus > 0:
+            body["entrypoint_num_gpus"] = workers.gpus
         answer = await self._call("POST", "/api/jobs/", body)
         if answer.is_success:
             return
@@ -152,11 +177,14 @@ class RayCluster:
     async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._client.request(method, path, json=body)
+                answer = await self._client.request(method, path, json=body)
         except (TimeoutError, httpx.TimeoutException):
             raise Unavailable(f"Ray at {self._address} did not answer within {self._timeout_s:g} s") from None
         except httpx.HTTPError as error:
             raise Unavailable(f"Ray at {self._address} is away: {error or type(error).__name__}") from error
+        if answer.status_code in DENIED:
+            raise Denied(f"Ray at {self._address} {DENIED[answer.status_code]}. It said: {_last_line(answer.text)}")
+        return answer
 
     async def _check_same(self, submission_id: str, wanted: dict[str, Any]) -> None:
         """Raises `Refused` unless the job that holds the id is the one that is wanted."""
@@ -209,8 +237,7 @@ def _object(answer: httpx.Response) -> dict[str, Any]:
             content = answer.json()
             if isinstance(content, dict):
                 return content
-    hint = "; it wants a token" if answer.status_code in (401, 403) else ""
-    raise Unavailable(f"Ray answered {answer.status_code} to {answer.request.url}{hint}: {_last_line(answer.text)}")
+    raise Unavailable(f"Ray answered {answer.status_code} to {answer.request.url}: {_last_line(answer.text)}")
 
 
 def _failure(answer: httpx.Response) -> StudioError:
@@ -237,6 +264,21 @@ def _message(job: dict[str, Any]) -> str:
 
 def _away(reason: str) -> dict[str, Any]:
     return {"available": False, "reason": reason, "resources": {}, "nodes": 0}
+
+
+def _places(node: dict[str, Any], workers: Workers) -> int:
+    """How many of the workers an empty node holds."""
+    total = node.get("resources_total") or {}
+    needs = [(name, need) for name, need in (("CPU", workers.cpus), ("GPU", workers.gpus)) if need > 0]
+    return min(int(float(total.get(name, 0.0)) / need) for name, need in needs)
+
+
+def _too_small(workers: Workers) -> str:
+    gpus = f" and {workers.gpus:g} GPUs" if workers.gpus else ""
+    return (
+        f"The Ray cluster has no room for {workers.count} workers with {workers.cpus:g} CPUs{gpus} each, even when nothing runs on it. "
+        "Add nodes, or lower MINI_STUDIO_TRAINING__WORKERS, __CPUS or __GPUS; the job waits until then."
+    )
 
 
 def _resources(alive: list[dict[str, Any]], usage: dict[str, list[float]]) -> dict[str, Any]:

@@ -59,6 +59,9 @@ class TrainingRun(Decider):
     submitted_at: float = 0.0
     failures: int = Field(0, description="Attempts whose trainer was killed or fell silent.")
     reported_bytes: int = Field(0, description="How much of this attempt's progress file is in events.")
+    waits_for: str = Field(
+        "", description="What keeps it in the queue, as it was announced last; empty: only its turn."
+    )
 
     @classmethod
     def claim(cls, envelope: Envelope[FineTuneRequested]) -> Self:
@@ -85,8 +88,16 @@ class TrainingRun(Decider):
                 "submission_id": f"{self.id}-{attempt}",
                 "submitted_at": datetime.now(UTC).timestamp(),
                 "reported_bytes": 0,
+                "waits_for": "",
             }
         )
+
+    def wait(self, reason: str) -> Self | None:
+        """Say, once, what somebody has to mend before an attempt can start."""
+        if self.phase is not RunPhase.QUEUED or reason == self.waits_for:
+            return None
+        event = FineTuneQueued(job_id=self.id, attempt=self.attempt, reason=reason)
+        return self.deciding(event, waits_for=reason)
 
     def started(self, token: str) -> Self | None:
         """The attempt's trainer gave its first sign of life."""

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mini_studio.drivers.ports import RunReport, RunState
+from mini_studio.drivers.ports import RunReport, RunState, Workers
 from mini_studio.drivers.ray import LOG_BYTES, RayCluster
 from mini_studio.errors import Refused, Unavailable
 from tests.fakes.ray_head import RayHead, free_ports, stub_trainer
@@ -53,13 +53,13 @@ async def answering(answer: Callable[[str], Answer | None], **options: Any) -> A
 
 
 def submitted(cluster: RayCluster) -> Awaitable[None]:
-    return cluster.submit("job-1", SPEC, cpus=1, gpus=0, metadata={"job_id": "job", "attempt": "1"})
+    return cluster.submit("job-1", SPEC, workers=Workers(), metadata={"job_id": "job", "attempt": "1"})
 
 
 async def seen_by_trainer(cluster: RayCluster, id: str, spec: Path, cpus: float = 1) -> dict[str, Any]:
     """What the trainer says of itself once it runs."""
     spec.write_text("{}") if not spec.exists() else None
-    await cluster.submit(id, spec, cpus=cpus, gpus=0, metadata={})
+    await cluster.submit(id, spec, workers=Workers(cpus=cpus), metadata={})
     seen = Path(f"{spec}.seen")
     for _ in range(600):
         if seen.exists() and seen.read_text():
@@ -110,7 +110,7 @@ async def test_only_the_end_of_a_long_log_is_kept(cluster: RayCluster, tmp_path:
 
 
 async def test_what_never_fits_stays_pending(cluster: RayCluster, tmp_path: Path) -> None:
-    await cluster.submit("ray-big-1", SPEC, cpus=10_000, gpus=0, metadata={})
+    await cluster.submit("ray-big-1", SPEC, workers=Workers(cpus=10_000), metadata={})
     await cluster.stop("ray-big-1")
     assert (await cluster.report("ray-big-1")).state is RunState.PENDING
 

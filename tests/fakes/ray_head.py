@@ -54,9 +54,9 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running_head() -> "Iterator[RayHead]":
+def running_head(token: str | None = None) -> "Iterator[RayHead]":
     """A head with a node; it is ended with the context."""
-    head = RayHead()
+    head = RayHead(token)
     try:
         head.wait()
         yield head
@@ -65,7 +65,13 @@ def running_head() -> "Iterator[RayHead]":
 
 
 class RayHead:
-    def __init__(self) -> None:
+    """With a token, nobody may use it without one."""
+
+    def __init__(self, token: str | None = None) -> None:
+        self.token = token
+        self._headers = {"authorization": f"Bearer {token}"} if token else {}
+        # a token file that a local `ray.init()` left behind would turn authentication on
+        self._auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
         ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         self.address = f"http://127.0.0.1:{ports['--dashboard-port']}"
         # short: Ray puts Unix sockets there, whose paths may have 107 characters
@@ -84,9 +90,8 @@ class RayHead:
         """Also again, at the same address, after it was killed: it comes back empty."""
         self.process = subprocess.Popen(
             self._command,
-            # a token file that a local `ray.init()` left behind would turn authentication on;
-            # without the other one Ray takes the loopback address for a mistake, and listens to the whole network
-            env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+            # without it Ray takes the loopback address for a mistake, and listens to the whole network
+            env={**os.environ, **self._auth, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -101,7 +106,7 @@ class RayHead:
         starts = 1
         for _ in range(1200):
             with contextlib.suppress(httpx.HTTPError):
-                answer = httpx.get(f"{self.address}/api/v0/nodes", timeout=2, trust_env=False)
+                answer = httpx.get(f"{self.address}/api/v0/nodes", timeout=2, trust_env=False, headers=self._headers)
                 if '"ALIVE"' in answer.text:
                     return
             if self.process.poll() is not None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mini_studio.drivers.ports import RunReport, RunState
+from mini_studio.drivers.ports import RunReport, RunState, Workers
 from mini_studio.errors import Refused, Unavailable
 
 OVER = (RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED)
@@ -13,8 +13,7 @@ OVER = (RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED)
 @dataclass
 class FakeRun:
     spec_file: Path
-    cpus: float
-    gpus: float
+    workers: Workers
     metadata: dict[str, str]
     state: RunState = RunState.RUNNING
     message: str = ""
@@ -24,7 +23,8 @@ class FakeRun:
 class FakeTrainingCluster:
     """Implements `TrainingCluster`."""
 
-    def __init__(self, *, starts_as: RunState = RunState.RUNNING) -> None:
+    def __init__(self, *, starts_as: RunState = RunState.RUNNING, cpus: float = 10_000.0) -> None:
+        self.cpus = cpus
         self.runs: dict[str, FakeRun] = {}
         self.submits = 0
         """Calls of `submit`, refused and repeated ones included."""
@@ -56,16 +56,20 @@ class FakeTrainingCluster:
 
     # --- the port
 
-    async def submit(
-        self, submission_id: str, spec_file: Path, *, cpus: float, gpus: float, metadata: dict[str, str]
-    ) -> None:
+    async def has_room(self, workers: Workers, *, running: int) -> bool:
+        self._answer()
+        if workers.gpus > 0 or workers.count * workers.cpus > self.cpus:
+            raise Refused("the cluster is too small")
+        return running * workers.count * workers.cpus + workers.count * workers.cpus <= self.cpus
+
+    async def submit(self, submission_id: str, spec_file: Path, *, workers: Workers, metadata: dict[str, str]) -> None:
         self.submits += 1
         self._answer()
         if self.refuses is not None:
             raise Refused(self.refuses)
         held = self.runs.get(submission_id)
         if held is None:
-            self.runs[submission_id] = FakeRun(spec_file, cpus, gpus, dict(metadata), self.starts_as)
+            self.runs[submission_id] = FakeRun(spec_file, workers, dict(metadata), self.starts_as)
         elif held.metadata != metadata:
             raise Refused(f"the submission id {submission_id} is another job's: {held.metadata}")
         if self.loses_answers:
@@ -90,9 +94,15 @@ class FakeTrainingCluster:
     async def status(self) -> dict[str, Any]:
         if self.away:
             return {"available": False, "reason": "the cluster is away", "resources": {}, "nodes": 0}
-        used = float(sum(run.cpus for run in self.runs.values() if run.state is RunState.RUNNING))
+        used = float(
+            sum(run.workers.count * run.workers.cpus for run in self.runs.values() if run.state is RunState.RUNNING)
+        )
         none = {"total": 0.0, "used": 0.0}
-        resources = {"cpu": {"total": 2.0, "used": used}, "gpu": none, "memory_bytes": {"total": 8e9, "used": 0.0}}
+        resources = {
+            "cpu": {"total": self.cpus, "used": used},
+            "gpu": none,
+            "memory_bytes": {"total": 8e9, "used": 0.0},
+        }
         return {"available": True, "reason": None, "resources": resources, "nodes": 1}
 
     def _answer(self) -> None:

@@ -43,6 +43,7 @@ SLOW_S = 60.0
 """What a broker may take to start again, and a short stretch more than three times its time."""
 QUICK = {
     "MINI_STUDIO_TRAINING__MAX_RUNNING": "8",
+    "MINI_STUDIO_TRAINING__CPUS": "0.25",
     "MINI_STUDIO_TRAINING__LOST_AFTER_S": "6",
     "MINI_STUDIO_TRAINING__START_TIMEOUT_S": "20",
     "MINI_STUDIO_TRAINING__POLL_S": "0.2",

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from mini_studio.bus.kafka import Outgoing, Publisher
 from mini_studio.drivers.dfs import DfsStore
-from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec, ReleaseState, RunReport, RunState
+from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec, ReleaseState, RunReport, RunState, Workers
 from mini_studio.drivers.releases import RELEASE, held_in, hold, plan
 from mini_studio.errors import Conflict, Invalid, Refused, Unavailable
 from mini_studio.files import replace_file
@@ -107,9 +107,11 @@ class FileCluster:
         self.starts = data / "starts.jsonl"
         self._outages = Outages(data)
 
-    async def submit(
-        self, submission_id: str, spec_file: Path, *, cpus: float, gpus: float, metadata: dict[str, str]
-    ) -> None:
+    async def has_room(self, workers: Workers, *, running: int) -> bool:
+        self._outages.raise_for("cluster")
+        return True
+
+    async def submit(self, submission_id: str, spec_file: Path, *, workers: Workers, metadata: dict[str, str]) -> None:
         spec = TrainSpec.model_validate_json(spec_file.read_bytes())
         if spec.seed == Seed.IS_REFUSED:
             raise Refused("the resources are not there")

@@ -21,6 +21,7 @@ from events.fine_tuning import DatasetRef, FineTuneProgressed, FineTuneQueued, F
 from events.registry import restore
 from events.types import new_id
 from mini_studio.drivers.catalogue import ModelCatalogue
+from mini_studio.drivers.ports import Workers
 from mini_studio.drivers.ray import RayCluster
 from mini_studio.ingest import key_of
 from mini_studio.records.record import ANYONE
@@ -168,7 +169,9 @@ async def test_fifty_submits_of_one_job_are_one_run(head: RayHead, tmp_path: Pat
     spec, cluster = tmp_path / "spec.json", RayCluster(head.address, timeout_s=60, **stub_trainer())
     spec.write_text("{}")
     metadata = {"job_id": "job_1", "attempt": "1"}
-    await asyncio.gather(*(cluster.submit("many-1", spec, cpus=0.01, gpus=0, metadata=metadata) for _ in range(50)))
+    await asyncio.gather(
+        *(cluster.submit("many-1", spec, workers=Workers(cpus=0.01), metadata=metadata) for _ in range(50))
+    )
     seen = Path(f"{spec}.seen")
     for _ in range(600):
         if seen.exists():

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workloads.files import sync_folder
+from workloads.files import sync_folder, write_whole
 from workloads.specs import (
     CURRENT_ATTEMPT,
     HEARTBEAT,
@@ -30,10 +30,14 @@ _REPEAT_AFTER_S = 4.0
 
 
 class Attempt:
-    """The only thing a trainer writes to. Safe to use from several threads."""
+    """The only thing a trainer writes to. Safe to use from several threads.
 
-    def __init__(self, spec: TrainSpec) -> None:
+    Of several workers one speaks for all; the others only watch the fence.
+    """
+
+    def __init__(self, spec: TrainSpec, *, speaks: bool = True) -> None:
         self.spec = spec
+        self._speaks = speaks
         self.folder = attempt_dir(spec.job_dir, spec.attempt)
         self._lock = threading.RLock()
         self._last: Progress | None = None
@@ -77,10 +81,29 @@ class Attempt:
         self._append(Progress(time=time.time(), **fields))
 
     def preparing(self, message: str) -> None:
-        print(message, flush=True)
+        if self._speaks:
+            print(message, flush=True)
         self.say(kind="preparing", message=message)
 
+    def tell(self, **fields: Any) -> None:
+        """Say how far the training is. What cannot be written for now is not worth the training: the next line tells more."""
+        try:
+            self.say(kind="progress", **fields)
+        except OSError as error:
+            print(f"the progress could not be written: {error}", file=sys.stderr, flush=True)
+
+    def remark(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+        self.tell(message=message)
+
+    def hand_over(self) -> None:
+        """Another process speaks from now on: show life, and repeat nothing."""
+        with self._lock:
+            self._last = None
+
     def _append(self, line: Progress) -> None:
+        if not self._speaks:
+            return
         with self._lock:
             self._last = line
             path = self.folder / PROGRESS
@@ -115,7 +138,7 @@ class Attempt:
 
     def watch(self, stop: Callable[[int], None] = os._exit) -> threading.Thread:
         """Start the thread that shows life and, when the attempt is fenced, ends the process, whatever it is doing."""
-        (self.folder / HEARTBEAT).touch()
+        self._beat()
         thread = threading.Thread(target=self._watch, args=(stop,), name="heartbeat", daemon=True)
         thread.start()
         return thread
@@ -127,15 +150,19 @@ class Attempt:
                 stop(1)
                 return
             try:
-                (self.folder / HEARTBEAT).touch()
+                self._beat()
                 self._repeat()
             except OSError as error:
                 print(f"no sign of life could be written: {error}", file=sys.stderr, flush=True)
             time.sleep(_BEAT_S)
 
+    def _beat(self) -> None:
+        if self._speaks:
+            (self.folder / HEARTBEAT).touch()
+
     def commit(self, *, weights: Path, train_loss: float, steps: int, tokens: int) -> None:
         """Make the weights durable, then write the manifest, last and atomically. Raises when the attempt is fenced."""
-        files = [_durable(path, self.folder) for path in sorted(weights.rglob("*")) if path.is_file()]
+        files = [durable(path, self.folder) for path in sorted(weights.rglob("*")) if path.is_file()]
         sync_folder(weights)
         manifest = Manifest(
             job_id=self.spec.job_id,
@@ -146,18 +173,12 @@ class Attempt:
             steps=steps,
             tokens=tokens,
         )
-        fresh = self.folder / f".{MANIFEST}.new"
-        with fresh.open("w") as file:
-            file.write(manifest.model_dump_json(indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
         self.check_fence()
-        fresh.replace(self.folder / MANIFEST)
-        sync_folder(self.folder)
+        write_whole(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
 
-def _durable(path: Path, folder: Path) -> ManifestFile:
-    """Write a file through to the disk and hash it; paths in the manifest are relative to the attempt's folder."""
+def durable(path: Path, folder: Path) -> ManifestFile:
+    """Write a file through to the disk and hash it; its path is given relative to `folder`."""
     path.chmod(0o644)  # safetensors writes 0600, and model servers may be other users
     with path.open("rb") as file:
         os.fsync(file.fileno())

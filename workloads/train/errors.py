@@ -7,7 +7,17 @@ Stopped                 SIGTERM; not an `Exception`, so that no library's `excep
 import errno
 from typing import Literal
 
-Code = Literal["out_of_memory", "bad_row", "base_model", "dataset_changed", "no_space", "fenced", "stopped", "internal"]
+Code = Literal[
+    "out_of_memory",
+    "bad_row",
+    "base_model",
+    "dataset_changed",
+    "no_space",
+    "fenced",
+    "stopped",
+    "lost_worker",
+    "internal",
+]
 
 
 class TrainingFailure(Exception):
@@ -16,6 +26,10 @@ class TrainingFailure(Exception):
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
         self.code: Code = code
+
+    def __reduce__(self) -> tuple[type["TrainingFailure"], tuple[Code, str]]:
+        """A worker's failure travels to the process that started it."""
+        return TrainingFailure, (self.code, str(self))
 
 
 class Stopped(BaseException):

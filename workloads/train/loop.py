@@ -1,5 +1,9 @@
-"""The training loop: plain torch."""
+"""The training loop: plain torch, alone or in a team.
 
+A batch is the same whoever trains, and so is the loss: `batch_size` is that of all workers together.
+"""
+
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +15,7 @@ from workloads.train.dataset import Row
 from workloads.train.loss import total_weight, weighted_nll
 from workloads.train.model import Learner
 from workloads.train.optimize import Optimizer
+from workloads.train.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -23,40 +28,45 @@ class Step:
     loss: float
     learning_rate: float
     elapsed_s: float
+    resumed_from: int = 0
 
     @property
     def eta_s(self) -> float:
-        return self.elapsed_s / self.step * (self.total_steps - self.step)
+        return self.elapsed_s / (self.step - self.resumed_from) * (self.total_steps - self.step)
 
 
 def fit(
     learner: Learner,
+    optimizer: Optimizer,
     rows: Sequence[Row],
     *,
     n_epochs: int,
     batch_size: int,
-    learning_rate: float,
     seed: int,
     after_step: Callable[[Step], None],
+    first: int = 0,
+    team: Team = ALONE,
 ) -> None:
-    """Train for `n_epochs`; `after_step` is called after every step and may raise to stop."""
-    torch.manual_seed(seed)
+    """Train from step `first` to the end of `n_epochs`; `after_step` is called after every step and may raise to stop."""
+    team.start_alike(learner.trained.values())
     per_epoch = batches_per_epoch(len(rows), batch_size)
     total_steps = n_epochs * per_epoch
-    optimizer = Optimizer(learner.model.parameters(), rate=learning_rate, total_steps=total_steps)
     started = time.monotonic()
-    step = 0
-    for epoch in range(n_epochs):
-        for batch in epoch_order(rows, batch_size, seed, epoch):
+    step = first
+    for epoch in range(first // per_epoch, n_epochs):
+        for batch in epoch_order(rows, batch_size, seed, epoch)[step % per_epoch :]:
+            # dropout is drawn anew for every step, so that it is the same after a resumption
+            torch.manual_seed(random.Random(f"{seed}/{step}/{team.rank}").getrandbits(63))
             rate = optimizer.rate
-            loss = gradients(learner, [rows[index] for index in batch])
+            loss = gradients(learner, [rows[index] for index in batch], team)
             optimizer.step()
             step += 1
-            after_step(Step(step, total_steps, step / per_epoch, loss, rate, time.monotonic() - started))
+            elapsed_s = time.monotonic() - started
+            after_step(Step(step, total_steps, step / per_epoch, loss, rate, elapsed_s, first))
 
 
-def gradients(learner: Learner, rows: Sequence[Row]) -> float:
-    """Accumulate the gradients of one batch, part by part where it is large; the batch's loss.
+def gradients(learner: Learner, rows: Sequence[Row], team: Team = ALONE) -> float:
+    """Accumulate the gradients of one batch, part by part where it is large, and over all workers; the batch's loss.
 
     Every part is divided by the weight of the whole batch, so the parts add up to the loss of the batch at once.
     """
@@ -64,10 +74,10 @@ def gradients(learner: Learner, rows: Sequence[Row]) -> float:
     if weight == 0:
         return 0.0
     loss = 0.0
-    for part in micro_batches(rows, learner.token_budget):
+    for part in micro_batches(team.share(rows), learner.token_budget):
         batch = collate(part, learner.pad_id, learner.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=learner.device.type == "cuda"):
             part_loss = weighted_nll(learner.model, batch) / weight
         part_loss.backward()
         loss += part_loss.item()
-    return loss
+    return team.sum(learner.trained.values(), loss) if team.size > 1 else loss

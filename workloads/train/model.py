@@ -30,6 +30,11 @@ class Learner:
     max_length: int
 
     @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """What changes in the training, by name: all parameters, or the adapters."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)

@@ -12,7 +12,7 @@ shares:
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -52,6 +52,15 @@ class Optimizer:
     def rate(self) -> float:
         """The learning rate of the next step."""
         return self._rate * course(self._step, self._total_steps)
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._adamw.state_dict()
+        return state
+
+    def resume(self, state: dict[str, Any], step: int) -> None:
+        """Go on as after `step` steps."""
+        self._adamw.load_state_dict(state)
+        self._step = step
 
     def step(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_NORM)

@@ -10,11 +10,11 @@ import torch
 
 from workloads.specs import LoraSpec
 from workloads.train import model
-from workloads.train.batches import collate
+from workloads.train.batches import batches_per_epoch, collate
 from workloads.train.dataset import Encoder
 from workloads.train.loop import Step, fit
 from workloads.train.loss import total_weight, weighted_nll
-from workloads.train.optimize import course, learning_rate
+from workloads.train.optimize import Optimizer, course, learning_rate
 
 
 @dataclass
@@ -37,14 +37,16 @@ def train(make_attempt: Any, models_root: Path, pairs_file: Path) -> Callable[..
         learner = model.load(models_root / ".base" / "tiny-llama", spec)
         before = [parameter.detach().clone() for parameter in learner.model.parameters()]
         steps: list[Step] = []
+        encoder = Encoder(learner.tokenizer, prompt_loss_weight=spec.prompt_loss_weight, max_length=2048)
+        rows = encoder.encode(pairs_file).rows
+        rate = learning_rate(spec.learning_rate_multiplier, learner.method, learner.parameters)
+        total_steps = spec.n_epochs * batches_per_epoch(len(rows), spec.batch_size)
         fit(
             learner,
-            Encoder(learner.tokenizer, prompt_loss_weight=spec.prompt_loss_weight, max_length=2048)
-            .encode(pairs_file)
-            .rows,
+            Optimizer(learner.model.parameters(), rate=rate, total_steps=total_steps),
+            rows,
             n_epochs=spec.n_epochs,
             batch_size=spec.batch_size,
-            learning_rate=learning_rate(spec.learning_rate_multiplier, learner.method, learner.parameters),
             seed=spec.seed,
             after_step=steps.append,
         )
