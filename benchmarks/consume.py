@@ -97,9 +97,9 @@ async def fill(studio: Studio, count: int) -> None:
             await studio.publisher.publish([outgoing(entry) for entry in entries[first : first + 1000]])
 
 
-async def counted(kafka_broker: KafkaBroker, counting: Counting) -> Took:
+async def counted(studio: Studio, kafka_broker: KafkaBroker, counting: Counting) -> Took:
     """What the broker's subscribers take until everything is handled."""
-    await start_broker(kafka_broker)
+    await start_broker(kafka_broker, studio.settings.kafka)
     took = await asyncio.wait_for(counting.done, 300)
     await kafka_broker.stop()
     return took
@@ -112,7 +112,7 @@ async def ours(studio: Studio, events: int) -> Took:
     async def count(envelope: Envelope[Any], studio: Studio) -> None:
         counting.handled(1)
 
-    return await counted(consumer.broker(studio.settings.kafka, studio.publisher, studio), counting)
+    return await counted(studio, consumer.broker(studio.settings.kafka, studio.publisher, studio), counting)
 
 
 async def plain(studio: Studio, events: int, **parsing: Any) -> Took:
@@ -134,7 +134,7 @@ async def plain(studio: Studio, events: int, **parsing: Any) -> Took:
             headers = {name: value.decode() for name, value in record.headers}
             await count(decode(record.key, headers, record.value), studio)
 
-    return await counted(kafka_broker, counting)
+    return await counted(studio, kafka_broker, counting)
 
 
 @contextlib.asynccontextmanager
@@ -167,7 +167,7 @@ async def projected(real: Consumer, filled: Studio, events: int) -> tuple[Took, 
             return await put_all(collection, changes)
 
         studio.store.put_all = noted  # type: ignore[method-assign]
-        took = await counted(consumer.broker(kafka, studio.publisher, studio), counting)
+        took = await counted(studio, consumer.broker(kafka, studio.publisher, studio), counting)
     async with a_studio(kafka) as studio:
         await studio.jobs.get_all(ANYONE, [])  # opens the file
         watch = Stopwatch()

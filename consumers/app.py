@@ -63,7 +63,7 @@ async def run_one(consumer: Consumer, studio: Studio, health: Health, stop: asyn
     health.vital[f"consumer {consumer.name}"] = liveness.lost
     stopping: asyncio.Task[Any] = asyncio.create_task(stop.wait())
     tasks = [stopping, *(asyncio.create_task(service(studio)) for service in consumer.services)]
-    starting = asyncio.create_task(start_broker(broker))
+    starting = asyncio.create_task(start_broker(broker, studio.settings.kafka))
     try:
         await asyncio.wait([starting, *tasks], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():

@@ -12,7 +12,7 @@ from events.base import Envelope
 from events.datasets import DatasetProfiled, DatasetUploaded
 from mini_studio.bus.consumer import Consumer
 from mini_studio.errors import NotFound
-from mini_studio.ingest import key_of, orphans
+from mini_studio.ingest import PREFIX, key_of, orphans
 from mini_studio.records.datasets import DatasetProfile
 from mini_studio.records.projection import timestamp
 from mini_studio.records.record import ANYONE
@@ -30,12 +30,16 @@ SWEEP_EVERY_S = 600.0
 
 @consumer.service
 async def sweep(studio: Studio) -> None:
-    """Now and then delete stored bytes whose record was never written (a crash between the two)."""
+    """Now and then delete stored bytes whose record was never written (a crash between the two), and halves of uploads."""
 
     async def look() -> float:
-        async for key in orphans(studio.dfs, studio.settings.uploads.sweep_after_s, partial(recorded, studio)):
+        older_than_s = studio.settings.uploads.sweep_after_s
+        async for key in orphans(studio.dfs, older_than_s, partial(recorded, studio)):
             await studio.intake.forget(key)
             log.info("datasets.swept", location=studio.dfs.location(key))
+        for name, store in (("shared file system", studio.dfs), ("S3", await studio.load_s3())):
+            if swept := await store.sweep(PREFIX, older_than_s):
+                log.info("datasets.unfinished_swept", store=name, uploads=swept)
         return SWEEP_EVERY_S
 
     await turn(look, asyncio.Event())

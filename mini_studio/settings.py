@@ -7,9 +7,9 @@ read it, below the environment and above the defaults.
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -59,7 +59,26 @@ class Api(BaseModel):
 class Kafka(BaseModel):
     bootstrap: str = Field("127.0.0.1:9092", description="Bootstrap servers, comma separated.")
     partitions: int = Field(3, ge=1, description="Partitions of a topic that the studio creates.")
-    replication: int = Field(1, ge=1, description="Replicas of a topic that the studio creates.")
+    replication: int = Field(
+        1, ge=1, description="Replicas of a topic that the studio creates; writes go on while one of them is away."
+    )
+    retention_ms: int = Field(
+        -1,
+        ge=-1,
+        description="How long a topic of events that the studio creates keeps them; -1 for ever, as its subscribers and replays expect.",
+    )
+    security: Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"] = Field(
+        "plaintext", description="How to connect: with TLS (ssl) or without, as a user (sasl) or without."
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "SCRAM-SHA-512", description="How a user proves its password; PLAIN shows it to the broker, so over TLS only."
+    )
+    username: str | None = Field(None, description="User of the sasl connections.")
+    password: SecretStr | None = Field(None, description="That user's password.")
+    ca_file: Path | None = Field(
+        None,
+        description="PEM file of the authorities that may have signed the brokers' certificates; by default the system's.",
+    )
     idempotent: bool = Field(
         False, description="Idempotent producer; the embedded broker has none, Apache Kafka should use it."
     )
@@ -74,8 +93,20 @@ class Kafka(BaseModel):
     )
     refill: bool = Field(False, description="The broker starts empty: refill its topics from the journal.")
 
+    @model_validator(mode="after")
+    def _user_and_security_agree(self) -> Self:
+        as_user = self.security.startswith("sasl_")
+        if as_user and not (self.username and self.password):
+            raise ValueError(f"security {self.security} needs a username and a password")
+        if self.username and not as_user:
+            raise ValueError(f"security {self.security} sends no username: use sasl_ssl or sasl_plaintext")
+        return self
+
 
 class Records(BaseModel):
+    mongo_url: SecretStr | None = Field(
+        None, description="Connection string of MongoDB; without one, records are in the SQLite file."
+    )
     sqlite: Path | None = Field(None, description="The record file; by default `records.sqlite` in the data folder.")
     mongo_url: SecretStr | None = Field(
         None,
@@ -93,6 +124,15 @@ class S3(BaseModel):
     region: str = Field("us-east-1", description="Region of the bucket.")
     access_key: str | None = Field(None, description="Access key; empty for the usual AWS credentials chain.")
     secret_key: SecretStr | None = Field(None, description="Secret key.")
+    addressing: Literal["path", "virtual", "auto"] = Field(
+        "path",
+        description="Where a request names the bucket: in its path, in its host name (the endpoint has to be a name then), "
+        "or as AWS likes it.",
+    )
+    ca_file: Path | None = Field(
+        None,
+        description="PEM file of the authorities that may have signed the endpoint's certificate; by default the system's.",
+    )
 
 
 class Uploads(BaseModel):
@@ -107,6 +147,7 @@ class Uploads(BaseModel):
 
 class Training(BaseModel):
     ray_address: str = Field("http://127.0.0.1:8265", description="Address of Ray's HTTP API (Jobs and state).")
+    ray_token: SecretStr | None = Field(None, description="Token of a Ray cluster with `RAY_AUTH_MODE=token`.")
     ray_timeout_s: float = Field(5.0, gt=0, description="Longest wait for one answer of Ray.")
     ray_token: SecretStr | None = Field(
         None, description="Token of a Ray cluster that runs with RAY_AUTH_MODE=token; it is sent with every request."
@@ -241,6 +282,10 @@ class Settings(BaseSettings):
     )
     dfs_root: Path | None = Field(
         None, description="Root of the shared file system; by default `dfs` in the data folder."
+    )
+    production: bool = Field(False, description="Refuse to start with settings that are fit for one machine only.")
+    health_host: str = Field(
+        "127.0.0.1", description="Address of `/health` and `/metrics` of consumers and relay (MINI_STUDIO_HEALTH_PORT)."
     )
     api: Api = Field(default_factory=Api)
     kafka: Kafka = Field(default_factory=Kafka)

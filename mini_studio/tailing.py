@@ -9,6 +9,7 @@ from aiokafka import AIOKafkaConsumer
 
 from events.registry import UndecodableEvent, decode
 from events.topics import Topic
+from mini_studio.bus.connection import client_options
 from mini_studio.bus.delivery import text_headers
 from mini_studio.bus.reading import at_end
 from mini_studio.settings import Settings
@@ -18,7 +19,7 @@ async def tail(settings: Settings, *, follow: bool, subject: str | None, as_json
     """Every event from the beginning of the log, without a group: nobody's position moves."""
     consumer = AIOKafkaConsumer(
         *(topic.value for topic in Topic),  # without a group all their partitions are assigned
-        bootstrap_servers=settings.kafka.bootstrap,
+        **client_options(settings.kafka),
         auto_offset_reset="earliest",
         enable_auto_commit=False,
         fetch_max_wait_ms=settings.kafka.fetch_wait_ms,

@@ -19,10 +19,12 @@ import structlog
 from aiokafka import ConsumerRebalanceListener
 from faststream import AckPolicy, FastStream
 from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
 
 from events.base import Envelope, Event
 from events.registry import BY_TYPE
 from events.topics import Topic
+from mini_studio.bus.connection import security_options, unavailable
 from mini_studio.bus.delivery import Delivery, bound, no_decoding, parse, redriven_for, text_headers
 from mini_studio.bus.kafka import READERS, Publisher
 from mini_studio.bus.metrics import EVENTS_IN, HANDLER_SECONDS
@@ -38,6 +40,8 @@ Projector = Callable[[list[Envelope[Any]], Any], Coroutine[Any, Any, None]]
 Service = Callable[[Any], Coroutine[Any, Any, None]]
 Told = Sequence[tuple[Any, dict[str, str]]]
 """The records of a batch, each with its text headers."""
+
+MECHANISMS = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
 
 LONGEST_BATCH_S = 300.0
 """A batch that takes longer loses its partitions to another member, and would go round for ever."""
@@ -112,6 +116,7 @@ class Consumer:
         """The FastStream broker with one subscriber per topic."""
         broker = KafkaBroker(
             settings.bootstrap,
+            security=security_of(settings),
             client_id=f"mini-studio-{self.name}",
             acks="all",
             allow_auto_create_topics=False,
@@ -227,7 +232,16 @@ def meters(consumer: str, topic: str, type_: str) -> tuple[prometheus_client.His
     return HANDLER_SECONDS.labels(consumer, type_), EVENTS_IN.labels(consumer, topic, type_)
 
 
-async def start_broker(broker: KafkaBroker, retry_s: float = 1.0) -> None:
+def security_of(settings: Kafka) -> BaseSecurity:
+    """The options of all clients, in FastStream's words."""
+    options = security_options(settings)
+    context, user = options.get("ssl_context"), options.get("sasl_plain_username")
+    if user is None:
+        return BaseSecurity(ssl_context=context)
+    return MECHANISMS[settings.sasl_mechanism](user, options["sasl_plain_password"], ssl_context=context)
+
+
+async def start_broker(broker: KafkaBroker, settings: Kafka, retry_s: float = 1.0) -> None:
     """Connect and start all subscribers together, however long the broker is away."""
     while True:
         try:
@@ -235,7 +249,7 @@ async def start_broker(broker: KafkaBroker, retry_s: float = 1.0) -> None:
             # Not broker.start(): it starts one after another, and a slow group join would add up.
             await asyncio.gather(*(subscriber.start() for subscriber in broker.subscribers))
         except Exception as error:
-            log.warning("consumer.waiting_for_broker", reason=repr(error))
+            log.warning("consumer.waiting_for_broker", reason=(await unavailable(settings, error)).message)
             await asyncio.gather(*(subscriber.stop() for subscriber in broker.subscribers), return_exceptions=True)
             await asyncio.sleep(retry_s)
         else:

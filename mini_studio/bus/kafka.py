@@ -12,6 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
 from events.topics import ROUTES, Topic, dead_letter_topic
+from mini_studio.bus.connection import client_options, unavailable
 from mini_studio.errors import Unavailable
 from mini_studio.settings import MIB, Kafka
 
@@ -40,7 +41,7 @@ def all_topics() -> list[str]:
 
 async def create_topics(settings: Kafka) -> list[str]:
     """Create the topics that are missing; says which. Raises `Unavailable`."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap, request_timeout_ms=5000)
+    admin = AIOKafkaAdminClient(**client_options(settings), request_timeout_ms=5000)
     try:
         await asyncio.wait_for(admin.start(), 10)
         existing = set(await admin.list_topics())
@@ -52,13 +53,15 @@ async def create_topics(settings: Kafka) -> list[str]:
                 raise Unavailable(f"the broker refused to create topics: {refused}")
         return missing
     except (KafkaError, OSError, TimeoutError) as error:
-        raise Unavailable(f"the broker at {settings.bootstrap} is away: {error}") from error
+        raise await unavailable(settings, error) from error
     finally:
         await let_go(admin.close())
 
 
 def _new_topic(name: str, settings: Kafka) -> NewTopic:
-    configs = {"cleanup.policy": "compact"} if name == ROUTES else {"retention.ms": "-1"}
+    configs = {"cleanup.policy": "compact"} if name == ROUTES else {"retention.ms": str(settings.retention_ms)}
+    # A write is acknowledged by all replicas but one at least: one may be away, and none that answers lacks it.
+    configs["min.insync.replicas"] = str(max(1, settings.replication - 1))
     configs["max.message.bytes"] = str(MAX_DEAD_LETTER_BYTES if name.endswith(".dead") else MAX_RECORD_BYTES)
     partitions = 1 if name == ROUTES else settings.partitions
     return NewTopic(name, partitions, settings.replication, topic_configs=configs)
@@ -93,7 +96,7 @@ class Publisher:
                 await asyncio.gather(*acks)
         except (KafkaError, OSError, TimeoutError) as error:
             await self._drop()
-            raise Unavailable(f"the broker at {self._settings.bootstrap} is away: {error!r}") from error
+            raise await unavailable(self._settings, error) from error
 
     async def aclose(self) -> None:
         producer, self._producer = self._producer, None
@@ -110,7 +113,7 @@ class Publisher:
         async with self._starting:
             if self._producer is None:
                 producer = AIOKafkaProducer(
-                    bootstrap_servers=self._settings.bootstrap,
+                    **client_options(self._settings),
                     acks="all",
                     enable_idempotence=self._settings.idempotent,
                     request_timeout_ms=int(self._settings.publish_timeout_s * 1000),

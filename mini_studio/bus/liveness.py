@@ -14,6 +14,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from faststream.kafka import KafkaBroker
 
+from mini_studio.bus.connection import client_options
 from mini_studio.bus.consumer import Consumer
 from mini_studio.bus.kafka import let_go
 from mini_studio.bus.metrics import LAG
@@ -126,7 +127,7 @@ class Liveness:
             return None
         known = [client.partitions_for_topic(t.value) for client in self._clients() for t in self._consumer.topics]
         partitions = sum(len(found or ()) for found in known)
-        admin = AIOKafkaAdminClient(bootstrap_servers=self._settings.bootstrap)
+        admin = AIOKafkaAdminClient(**client_options(self._settings))
         try:
             async with asyncio.timeout(ANSWER_S):
                 await admin.start()
@@ -149,7 +150,7 @@ class Liveness:
 async def within_reach(settings: Kafka, consumer: Consumer) -> bool:
     """Whether a fresh client gets the same answers; it joins no group."""
     client = AIOKafkaConsumer(
-        bootstrap_servers=settings.bootstrap,
+        **client_options(settings),
         group_id=consumer.group,
         enable_auto_commit=False,
         metadata_max_age_ms=60_000,

@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator, Sequence
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
+from mini_studio.bus.connection import client_options, unavailable
 from mini_studio.bus.kafka import let_go
-from mini_studio.errors import NotFound, Unavailable
+from mini_studio.errors import NotFound
 from mini_studio.settings import Kafka
 
 AT_ONCE = 2000
@@ -26,7 +27,7 @@ async def read_whole(
     # Topics given here are all assigned when there is no group; a broker need not tell of partitions nobody asked for.
     consumer = AIOKafkaConsumer(
         *topics,
-        bootstrap_servers=settings.bootstrap,
+        **client_options(settings),
         auto_offset_reset="earliest",
         enable_auto_commit=False,
         fetch_max_wait_ms=FETCH_WAIT_MS,
@@ -46,7 +47,7 @@ async def read_whole(
     except UnknownTopicOrPartitionError as error:
         raise NotFound("the broker lacks a topic; `mini-studio journal refill` makes it again") from error
     except (KafkaError, OSError, TimeoutError) as error:
-        raise Unavailable(f"the broker at {settings.bootstrap} is away: {error!r}") from error
+        raise await unavailable(settings, error) from error
     finally:
         await let_go(consumer.stop(), STOP_S)
 

@@ -10,6 +10,7 @@ from aiokafka.errors import KafkaError
 
 from events.topics import ROUTES
 from events.types import DeploymentKind, DeploymentStatus
+from mini_studio.bus.connection import client_options, unavailable
 from mini_studio.bus.kafka import let_go
 from mini_studio.bus.reading import at_end
 from mini_studio.records.routes import Route
@@ -109,9 +110,10 @@ class RouteFeed:
             try:
                 await self._follow(self._epoch())
             except (KafkaError, OSError, TimeoutError) as error:
-                problem = f"the routes cannot be followed: {error!r}"
+                reason = (await unavailable(self._settings, error)).message
+                problem = f"the routes cannot be followed: {reason}"
                 if problem != self.problem:
-                    log.warning("route_feed.waiting", reason=repr(error))
+                    log.warning("route_feed.waiting", reason=reason)
                 self.problem = problem
                 await asyncio.sleep(1)
             except Exception as error:
@@ -122,7 +124,7 @@ class RouteFeed:
 
     async def _follow(self, epoch: object) -> None:
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._settings.bootstrap,
+            **client_options(self._settings),
             auto_offset_reset="earliest",
             enable_auto_commit=False,
             fetch_max_wait_ms=self._settings.fetch_wait_ms,

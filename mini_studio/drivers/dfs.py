@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +16,7 @@ from mini_studio.errors import Invalid, NotFound, Unavailable
 CHUNK = 1024 * 1024
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}(/[A-Za-z0-9][A-Za-z0-9._-]{0,200}){0,8}")
 PARTIAL = ".partial-"
-"""Prefix of files that are being written; the sweep deletes old ones."""
+"""Prefix of files that are being written."""
 LISTED = 500
 """Files that are looked at in one go."""
 
@@ -67,6 +68,19 @@ class DfsStore:
         await asyncio.to_thread(self._path(key).unlink, missing_ok=True)
 
     async def list(self, prefix: str) -> AsyncIterator[tuple[str, int, float]]:
+        async for key, size, modified in self._files(prefix):
+            if not Path(key).name.startswith(PARTIAL):
+                yield key, size, modified
+
+    async def sweep(self, prefix: str, older_than_s: float) -> int:
+        swept, oldest = 0, time.time() - older_than_s
+        async for key, _, modified in self._files(prefix):
+            if Path(key).name.startswith(PARTIAL) and modified < oldest:
+                await asyncio.to_thread((self._root / key).unlink, missing_ok=True)
+                swept += 1
+        return swept
+
+    async def _files(self, prefix: str) -> AsyncIterator[tuple[str, int, float]]:
         """A few at a time: what is stored may be more than should be held in memory, and a slow disk holds up nobody else."""
         entries = _files(str(self._root))
         while some := await asyncio.to_thread(lambda: list(itertools.islice(entries, LISTED))):
@@ -76,7 +90,7 @@ class DfsStore:
                     yield key, found.st_size, found.st_mtime
 
     def _path(self, key: str) -> Path:
-        if not KEY.fullmatch(key) and not Path(key).name.startswith(PARTIAL):
+        if not KEY.fullmatch(key):
             raise Invalid(f"not a blob key: {key[:100]!r}")
         return self._root / key
 

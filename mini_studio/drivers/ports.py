@@ -35,6 +35,10 @@ class BlobStore(Protocol):
         """Key, size in bytes and modification time (Unix seconds) of every blob below `prefix`."""
         ...
 
+    async def sweep(self, prefix: str, older_than_s: float) -> int:
+        """Delete what writers that were killed left of blobs below `prefix`, if it is as old; how many."""
+        ...
+
     def location(self, key: str) -> str:
         """How users name the blob: an absolute path, or `s3://bucket/key`."""
         ...

@@ -85,7 +85,7 @@ async def running(run: Run) -> AsyncIterator[Run]:
     async with Publisher(run.settings) as publisher:
         run.broker = run.consumer.broker(run.settings, publisher, SimpleNamespace(store=Journal()))
         run.liveness = Liveness(run.consumer, run.broker, run.settings)
-        await start_broker(run.broker)
+        await start_broker(run.broker, run.settings)
         looking = asyncio.create_task(run.liveness.run())
         await run.stays_well(1)
         assert run.liveness.problem() is None

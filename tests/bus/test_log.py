@@ -39,7 +39,7 @@ CAUSE = Cause(correlation_id="test")
 @asynccontextmanager
 async def running(consumer: Consumer, studio: Studio) -> AsyncIterator[None]:
     broker = consumer.broker(studio.settings.kafka, studio.publisher, studio)
-    await start_broker(broker)
+    await start_broker(broker, studio.settings.kafka)
     yield
     await asyncio.wait_for(broker.stop(), 20)
 

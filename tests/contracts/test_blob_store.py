@@ -1,15 +1,12 @@
-"""The blob store contract, on the shared file system and on a real S3 server."""
+"""The blob store contract: on the shared file system, on the embedded S3 server and on a real one."""
 
-import shutil
-import socket
+import os
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
 from mini_studio.drivers.dfs import DfsStore
 from mini_studio.drivers.ports import BlobStore
@@ -20,35 +17,23 @@ from mini_studio.settings import S3, Uploads
 
 KEY = "datasets/ds_1.jsonl"
 MIB = 1024 * 1024
+WRITER = """
+import asyncio, sys
+from mini_studio.drivers.dfs import DfsStore
+from mini_studio.drivers.s3 import S3Store
+from mini_studio.settings import Settings
 
+async def write():
+    settings = Settings()
+    store = S3Store(settings.s3) if sys.argv[1] == "s3" else DfsStore(settings.dfs)
+    async with store.writer("datasets/killed.jsonl") as writer:
+        for _ in range(30):
+            await writer.write(bytes(2**20))
+        print("half", flush=True)
+        await asyncio.sleep(60)
 
-@pytest.fixture(scope="module")
-def s3_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rclone = Path(sys.executable).parent / "rclone"
-    program = str(rclone) if rclone.exists() else shutil.which("rclone")
-    assert program is not None
-    folder = tmp_path_factory.mktemp("s3")
-    options = [
-        "--addr",
-        f"127.0.0.1:{port}",
-        "--auth-key",
-        "studio-test-key,studio-test-secret",
-        "--vfs-cache-mode",
-        "off",
-    ]
-    process = subprocess.Popen([program, "serve", "s3", str(folder), *options], stderr=subprocess.DEVNULL)
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    endpoint = f"http://127.0.0.1:{port}"
-    yield S3(endpoint=endpoint, access_key="studio-test-key", secret_key=SecretStr("studio-test-secret"))
-    process.kill()
-    process.wait()
+asyncio.run(write())
+"""
 
 
 @pytest.fixture
@@ -94,6 +79,33 @@ async def test_an_error_leaves_nothing(store: BlobStore, size: int) -> None:
     assert await keys(store) == []
     with pytest.raises(NotFound):
         await content(store)
+
+
+async def test_what_a_killed_writer_left_is_swept(store: BlobStore, s3_settings: S3, tmp_path: Path) -> None:
+    async with store.writer("datasets/other.jsonl") as writer:
+        await writer.write(b"whole")
+    kind = "s3" if isinstance(store, S3Store) else "dfs"
+    assert s3_settings.secret_key is not None
+    environment = {
+        **os.environ,
+        "MINI_STUDIO_DFS_ROOT": str(tmp_path),
+        "MINI_STUDIO_S3__ENDPOINT": str(s3_settings.endpoint),
+        "MINI_STUDIO_S3__REGION": s3_settings.region,
+        "MINI_STUDIO_S3__ACCESS_KEY": str(s3_settings.access_key),
+        "MINI_STUDIO_S3__SECRET_KEY": s3_settings.secret_key.get_secret_value(),
+    }
+    child = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-c", WRITER, kind], env=environment, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"half\n"
+    child.kill()
+    child.wait()
+    assert await keys(store) == ["datasets/other.jsonl"]
+    assert await store.sweep("datasets/", 3600) == 0, "it may still be written"
+    assert await store.sweep("elsewhere/", 0) == 0, "others may use the store too"
+    assert [await store.sweep("datasets/", 0) for _ in range(2)] == [1, 0]
+    assert await keys(store) == ["datasets/other.jsonl"]
 
 
 async def test_deleting_what_is_not_there_is_fine(store: BlobStore) -> None:

@@ -41,9 +41,12 @@ class RealKafka:
     def start(cls, script: Path, data: Path, *options: str) -> "RealKafka":
         """`options` are server properties, `key=value`. Raises `CalledProcessError` when it does not come up."""
         kafka = cls(script, data, lasting_port())
-        subprocess.run([str(script), "install"], check=True, stdout=subprocess.DEVNULL)
-        kafka._call("start", str(kafka.port), *options)
+        kafka.start_first(*options)
         return kafka
+
+    def start_first(self, *options: str) -> None:
+        subprocess.run([str(self.script), "install"], check=True, stdout=subprocess.DEVNULL)
+        self._call("start", str(self.port), *options)
 
     @property
     def bootstrap(self) -> str:

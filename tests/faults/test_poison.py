@@ -63,7 +63,7 @@ async def studio(bootstrap: str, tmp_path: Path) -> AsyncIterator[Studio]:
 async def running(studio: Studio) -> AsyncIterator[dict[str, KafkaBroker]]:
     """All consumers, without the watchers beside them."""
     brokers = {name: c.broker(studio.settings.kafka, studio.publisher, studio) for name, c in CONSUMERS.items()}
-    await asyncio.gather(*(start_broker(broker) for broker in brokers.values()))
+    await asyncio.gather(*(start_broker(broker, studio.settings.kafka) for broker in brokers.values()))
     try:
         yield brokers
     finally:
