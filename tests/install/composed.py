@@ -91,10 +91,12 @@ class Composed:
     def kill(self, name: str) -> None:
         """As a container ends: with all that it started."""
         root = psutil.Process(self.processes[name].pid)
-        for process in [*root.children(recursive=True), root]:
+        all_of_it = [root, *root.children(recursive=True)]
+        for process in all_of_it:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.processes.pop(name).wait()
+        psutil.wait_procs(all_of_it, timeout=10)
 
     def stop(self) -> dict[str, int]:
         """As `docker compose stop`; the exit codes by service."""
