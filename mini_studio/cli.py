@@ -34,6 +34,8 @@ dead_letters = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(dead_letters, name="dead-letters")
+records = typer.Typer(help="The record store: a SQLite file, or a MongoDB.", no_args_is_help=True)
+app.add_typer(records, name="records")
 
 DataOption = Annotated[
     Path | None,
@@ -227,6 +229,47 @@ def refill(data: DataOption = None) -> None:
         typer.echo(f"error: {error.message}; run it again, it goes on where it stopped", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"done: {done.published:,} published, {done.held:,} were there")
+
+
+@records.command("migrate")
+def migrate(
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="Where the records are now: a SQLite file, or a MongoDB's URL.",
+            envvar="MINI_STUDIO_MIGRATE_FROM",
+        ),
+    ],
+    database: Annotated[str, typer.Option("--from-database", help="The database in that MongoDB.")] = "mini_studio",
+    data: DataOption = None,
+) -> None:
+    """Bring all records from another store into the one that the settings name, and check that they are the same.
+
+    The journal is copied in its order; datasets, jobs, deployments and routes are built anew from it; what consumers decide
+    from (training runs, releases, profiles) and idempotency keys are copied. Then both stores are read and compared. The
+    source is only read. Nothing is published, and no job or model is touched.
+
+    Stop the studio first, API and consumers, when `pending` events have left: a source that has some is refused, and so is a
+    target with anything that the source does not have. After an interruption run it again: it goes on where it stopped.
+    Then start the studio with the new settings, and the same Kafka.
+
+    Exit code: 0 when the stores hold the same, 1 when they do not, 2 when it could not be done.
+
+    Example, from a file to MongoDB:
+    `MINI_STUDIO_RECORDS__MONGO_URL=mongodb://... mini-studio records migrate --from .studio/records.sqlite`
+    """
+    settings = settings_for(data, "migrate")
+    from mini_studio import migrating
+    from mini_studio.errors import StudioError
+
+    try:
+        right = asyncio.run(migrating.run(settings, source, database, typer.echo))
+    except StudioError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo("done: the stores hold the same" if right else "not done: the stores differ")
+    raise typer.Exit(0 if right else 1)
 
 
 @models.command("list")

@@ -1,20 +1,23 @@
-"""One cluster and one studio for these tests; each test has a deployment of its own."""
+"""A whole studio on one cluster, where each test has a deployment of its own; and the reconciler alone, in a namespace for each test."""
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy
 import pytest
+import pytest_asyncio
 from safetensors.numpy import load_file, save_file
 
+from mini_studio.settings import Kubernetes
 from tests.fakes import real_kubernetes
 from tests.fakes.broker import free_port
 from tests.fakes.real_kubernetes import RealKubernetes
 from tests.fakes.running import Running
+from tests.kubernetes.reconciling import Reconciled, reconciling
 from tests.kubernetes.world import World, api_proxy, node, prepare, prometheus, settings
 
 
@@ -24,9 +27,7 @@ def scaled_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKub
     script = real_kubernetes.script()
     if script is None:
         pytest.skip(real_kubernetes.HOW_TO_STOP_IT)
-    subprocess.run([str(script), "install-keda"], check=True, stdout=subprocess.DEVNULL)
     cluster = RealKubernetes.start(script, tmp_path_factory.mktemp("cluster"))
-    cluster.call("keda")
     yield cluster
     cluster.stop()
 
@@ -59,3 +60,18 @@ def world(scaled_cluster: RealKubernetes, models: Path, tmp_path_factory: pytest
         studio.start()
         stack.callback(studio.stop)
         yield World(scaled_cluster, studio, models, pods)
+
+
+@pytest.fixture
+def namespace(real_cluster: RealKubernetes) -> Iterator[str]:
+    with real_cluster.namespace() as name:
+        yield name
+
+
+@pytest_asyncio.fixture
+async def reconciled(real_cluster: RealKubernetes, namespace: str, tmp_path: Path) -> AsyncIterator[Reconciled]:
+    kubernetes = Kubernetes(
+        namespace=namespace, kubeconfig=real_cluster.kubeconfig, runtime="studio", request_timeout_s=3
+    )
+    async with reconciling(real_cluster, tmp_path, kubernetes) as found:
+        yield found

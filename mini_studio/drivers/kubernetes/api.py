@@ -68,7 +68,7 @@ class TooOld(Exception):
 
 
 class KubeApi:
-    """A client of one cluster and one namespace. Opened on first use; opened anew, with credentials read anew, after a 401."""
+    """A client of one cluster and one namespace. Opened on first use; after a 401 its token is read anew."""
 
     def __init__(self, settings: Kubernetes) -> None:
         self._settings = settings
@@ -141,7 +141,9 @@ class KubeApi:
 
     async def aclose(self) -> None:
         async with self._opening:
-            await self._close()
+            if self._client is not None:
+                await self._client.close()
+                self._client = None
 
     async def _call(
         self, method: str, path: str, query: Mapping[str, str] | None = None, body: Object | None = None
@@ -209,17 +211,13 @@ class KubeApi:
 
     async def _opened(self) -> client.ApiClient:
         async with self._opening:
-            if self._expired:
-                await self._close()
             if self._client is None:
                 self._client = client.ApiClient(await _configuration(self._settings))
-                self._expired = False
+            elif self._expired:
+                # In place: a client that is closed under a watch leaves it waiting for what never comes.
+                self._client.configuration.api_key = (await _configuration(self._settings)).api_key
+            self._expired = False
             return self._client
-
-    async def _close(self) -> None:
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
 
 
 async def _configuration(settings: Kubernetes) -> client.Configuration:
