@@ -68,7 +68,7 @@ check: $(STAMP) ## format, lint, types, import contracts, published schemas
 	$(BIN)/lint-imports
 	$(BIN)/python -m mini_studio.publishing --check
 
-schemas: $(STAMP) ## generate schemas/published and docs/events.md from the models
+schemas: $(STAMP) ## generate schemas/published, docs/events.md and docs/settings.md from the models
 	$(BIN)/python -m mini_studio.publishing
 
 format: $(STAMP) ## format the code

@@ -1,7 +1,10 @@
 """An upload against a raw copy: `python -m benchmarks.upload DATA [MEGABYTES]`, against a running studio in DATA.
 
 Baseline, in the same run: the same bytes over a loopback socket into a file, with SHA-256, by a process of its own.
-Both end on the disk (fsync). Prints both rates, their ratio, and how much the API's resident memory grew.
+Both end on the disk (fsync). Prints both rates, their ratio, and how much the API's resident memory grew, at its most and at the end.
+
+For another S3 than the embedded one start the studio with its address, and keys that may create the bucket:
+`MINI_STUDIO_S3__ENDPOINT=http://127.0.0.1:9000 MINI_STUDIO_S3__ACCESS_KEY=... MINI_STUDIO_S3__SECRET_KEY=... make run`.
 """
 
 import hashlib
@@ -12,6 +15,7 @@ import socket
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -82,14 +86,30 @@ def api_process(data: Path) -> psutil.Process:
     return next(p for p in launcher.children() if p.cmdline()[-1:] == ["api"])
 
 
+class Peak:
+    """The most resident memory that a process had, looked at twenty times a second."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self.bytes = 0
+        self._process = process
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+            time.sleep(0.05)
+
+
 def main() -> None:
     data, megabytes = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1024
-    url = json.loads((data / "run" / "studio.json").read_text())["url"]
+    running = json.loads((data / "run" / "studio.json").read_text())
+    url = running["url"]
+    print(f"S3 at {running['settings']['s3']['endpoint']}")
     blocks = megabytes * 1024 * 1024 // len(BLOCK)
     size = blocks * len(BLOCK) / 1e6
     api = api_process(data)
     upload(url, 20)
-    before = api.memory_info().rss
+    before, peak = api.memory_info().rss, Peak(api)
     ratios = []
     for _ in range(ROUNDS):
         time.sleep(PAUSE_S)
@@ -102,7 +122,10 @@ def main() -> None:
             f"{size:.0f} MB: raw copy {size / raw:.0f} MB/s, upload {size / seconds:.0f} MB/s, ratio {ratios[-1]:.2f}"
         )
     grown = (api.memory_info().rss - before) / 1e6
-    print(f"median ratio {statistics.median(ratios):.2f}; the API grew by {grown:.0f} MB")
+    most = (peak.bytes - before) / 1e6
+    print(
+        f"median ratio {statistics.median(ratios):.2f}; the API grew by {most:.0f} MB at most, {grown:.0f} MB at the end"
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ async def run(names: Sequence[str], settings: Settings, health_port: int | None)
     """Run consumers until SIGTERM or SIGINT. Raises `BrokerReplaced`: the supervisor starts the process again."""
     health = Health()
     health.starting |= set(names)
-    server = serve_health(health, health_port) if health_port is not None else None
+    server = serve_health(health, health_port, settings.health_host) if health_port is not None else None
     relayed = [collection for name in names for collection in DECIDED_BY[name]]
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):

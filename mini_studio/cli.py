@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from mini_studio.examples import MODEL
 from mini_studio.settings import Settings
@@ -74,17 +75,37 @@ def settings_for(data: Path | None, process: str) -> Settings:
     """The settings of the studio in `data`, and logging set up for `process`."""
     if data is not None:
         os.environ["MINI_STUDIO_DATA"] = str(data)
-    from mini_studio import logs
+    from mini_studio import logs, variables
 
-    settings = Settings()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for wrong in error.errors():
+            name = variables.PREFIX + "__".join(str(part) for part in wrong["loc"]).upper()
+            typer.echo(f"error: {name}: {wrong['msg']}", err=True)
+        raise typer.Exit(2) from None
     logs.configure(settings.log, process)
+    variables.warn_of_unknown(os.environ)
+    return settings
+
+
+def process_settings(data: Path | None, process: str) -> Settings:
+    """The same for a process of the studio, which does not start with what is unsafe in production."""
+    settings = settings_for(data, process)
+    from mini_studio import production
+
+    try:
+        production.check(settings, process)
+    except production.UnsafeSettings as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
     return settings
 
 
 def service_settings(data: Path | None, process: str) -> Settings:
     """The same for a process that stays: structlog loads rich if it can, 4 MB that only a person at a terminal uses."""
     sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
-    return settings_for(data, process)
+    return process_settings(data, process)
 
 
 @app.command()
@@ -159,10 +180,15 @@ def relay(
 @app.command()
 def prepare(data: DataOption = None) -> None:
     """Create what is missing (indexes, topics, bucket) and refill an embedded broker that starts empty from the journal."""
-    settings = settings_for(data, "prepare")
+    settings = process_settings(data, "prepare")
     from mini_studio import maintenance
+    from mini_studio.errors import StudioError
 
-    asyncio.run(maintenance.prepare(settings))
+    try:
+        asyncio.run(maintenance.prepare(settings))
+    except StudioError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command()

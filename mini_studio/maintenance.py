@@ -46,7 +46,7 @@ async def relay(settings: Settings, health_port: int | None) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     health = Health()
-    server = serve_health(health, health_port) if health_port is not None else None
+    server = serve_health(health, health_port, settings.health_host) if health_port is not None else None
     async with open_studio(settings, relayed=COLLECTIONS, sweeper=True) as studio:
         health.checks["relay"] = lambda: studio.relay.problem
         beat = asyncio.create_task(health.beat())

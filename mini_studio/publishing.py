@@ -1,10 +1,15 @@
-"""Writes `schemas/published` and `docs/events.md` from the models: `python -m mini_studio.publishing [--check]`."""
+"""Writes `schemas/published`, `docs/events.md` and `docs/settings.md` from the models: `python -m mini_studio.publishing [--check]`."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
 
 from api.app import create_app
 from events.base import Event
@@ -12,6 +17,7 @@ from events.registry import EVENTS
 from events.topics import ROUTES, Topic
 from mini_studio.bus.kafka import READERS
 from mini_studio.settings import Settings
+from mini_studio.variables import variables
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "schemas" / "published"
@@ -55,6 +61,23 @@ HEADERS = """| header | meaning |
 | `ce_correlationid` | the REST request's `X-Request-ID` |
 | `ce_causationid` | the event that this one follows from |
 | `ce_traceparent` | W3C trace context, where the request had one |
+"""
+SETTINGS = """# Settings
+
+Generated from `mini_studio/settings.py` by `make schemas`; do not edit.
+
+Every setting is an environment variable. Every default works on one machine. `make run` decides the addresses of the parts that it
+starts and writes them to `<data>/run/studio.json`, which other commands with the same `MINI_STUDIO_DATA` read below the environment.
+Lists and tables are given as JSON: `MINI_STUDIO_SERVING__KUBERNETES__NODE_SELECTOR='{"pool": "gpu"}'`. A variable that begins with
+`MINI_STUDIO_` and is no setting is named in a warning at the start of every process.
+
+`MINI_STUDIO_HEALTH_PORT` is an option of `mini-studio consume` and `mini-studio relay` (`--health-port`): the port of their `/health`
+and `/metrics`.
+
+With `MINI_STUDIO_PRODUCTION=true` no process of the studio starts with what is fit for one machine only. It names all of it at once, each
+with the setting and the cure: `/admin` or Ray without a token on an address that others reach, secrets that can be guessed, connections
+in the clear to an address outside (not private, and not a name that only a cluster knows), the embedded broker, a producer that is not
+idempotent, SQLite, model servers that answer this machine alone.
 """
 
 
@@ -123,13 +146,46 @@ def events_page() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+def settings_page() -> str:
+    """`docs/settings.md`."""
+    parts = [SETTINGS]
+    for section, settings in itertools.groupby(variables(), lambda variable: variable.section):
+        parts += [f"## {'.'.join(section) or 'The studio'}", "", "| variable | type | default | |", "|---|---|---|---|"]
+        for setting in settings:
+            field = setting.field
+            parts.append(f"| `{setting.name}` | {_type(field.annotation)} | {_default(field)} | {field.description} |")
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _type(annotation: Any) -> str:
+    """In words; what may be unset is so where it has no default."""
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if get_origin(annotation) in (list, dict):
+        return "JSON list" if get_origin(annotation) is list else "JSON table"
+    for inner in get_args(annotation):
+        if inner is not NoneType:
+            return _type(inner)
+    words = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path", SecretStr: "secret"}
+    return words[annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "by the machine"
+    text = field.default if isinstance(field.default, str | Path) else json.dumps(field.default)
+    return "" if field.default is None else f"`{text}`"
+
+
 def everything() -> dict[Path, str]:
     """Path -> text of every generated file."""
     app = create_app(Settings(data=Path(".studio")))
     files: dict[Path, Any] = {PUBLISHED / f"{event.TYPE}.json": event_schema(event) for event in EVENTS}
     files |= {PUBLISHED / "openapi.json": app.openapi(), PUBLISHED / "asyncapi.json": asyncapi()}
     texts = {path: json.dumps(content, indent=2, sort_keys=True) + "\n" for path, content in files.items()}
-    return {**texts, ROOT / "docs" / "events.md": events_page()}
+    docs = ROOT / "docs"
+    return {**texts, docs / "events.md": events_page(), docs / "settings.md": settings_page()}
 
 
 def main() -> int:

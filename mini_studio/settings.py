@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, SecretStr, model_validator
+from pydantic import BaseModel, Field, FilePath, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -75,7 +75,7 @@ class Kafka(BaseModel):
     )
     username: str | None = Field(None, description="User of the sasl connections.")
     password: SecretStr | None = Field(None, description="That user's password.")
-    ca_file: Path | None = Field(
+    ca_file: FilePath | None = Field(
         None,
         description="PEM file of the authorities that may have signed the brokers' certificates; by default the system's.",
     )
@@ -126,9 +126,9 @@ class S3(BaseModel):
         description="Where a request names the bucket: in its path, in its host name (the endpoint has to be a name then), "
         "or as AWS likes it.",
     )
-    ca_file: Path | None = Field(
+    ca_file: FilePath | None = Field(
         None,
-        description="PEM file of the authorities that may have signed the endpoint's certificate; by default the system's.",
+        description="PEM file of the authorities that may have signed the endpoint's certificate; by default the public ones.",
     )
 
 

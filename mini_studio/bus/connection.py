@@ -4,7 +4,7 @@ import ssl
 from typing import Any
 
 from aiokafka import errors
-from aiokafka.conn import create_conn
+from aiokafka.conn import collect_hosts, create_conn
 
 from mini_studio.errors import Unavailable
 from mini_studio.settings import Kafka
@@ -70,11 +70,10 @@ async def _refusal(settings: Kafka) -> Exception | None:
     """Why a server lets this client not in. A client that found none says no more than that."""
     if settings.security == "plaintext":
         return None
-    for server in settings.bootstrap.split(","):
-        host, _, port = server.strip().rpartition(":")
+    for host, port, _ in collect_hosts(settings.bootstrap):
         try:
             connection = await create_conn(
-                host, int(port), request_timeout_ms=int(ASK_S * 1000), **security_options(settings)
+                host, port, request_timeout_ms=int(ASK_S * 1000), **security_options(settings)
             )
         except (*NOT_THIS_USER, ssl.SSLError) as error:
             return error

@@ -207,7 +207,7 @@ class S3Store:
 async def _client(settings: S3) -> Any:
     """A client, not yet open. Raises `NoCredentialsError`: one without would stay so when there are some at last."""
     session = aioboto3.Session(
-        aws_access_key_id=settings.access_key,
+        aws_access_key_id=settings.access_key or None,
         aws_secret_access_key=settings.secret_key.get_secret_value() if settings.secret_key else None,
         region_name=settings.region,
     )

@@ -47,6 +47,15 @@ def data_folder(data: Path) -> Path:
     return absolute
 
 
+def not_in_production() -> None:
+    """Raises `CannotStart` where `MINI_STUDIO_PRODUCTION` is set: this broker keeps nothing, and all of it is one machine's."""
+    if os.environ.get("MINI_STUDIO_PRODUCTION", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        raise CannotStart(
+            "MINI_STUDIO_PRODUCTION is set, and this is the stack for one machine: unset it, or start the studio's "
+            "processes on a Kafka, a MongoDB and an S3 of yours: mini-studio --help"
+        )
+
+
 def hold(data: Path) -> int:
     """The lock of the data folder. Raises `CannotStart` if another studio holds it."""
     descriptor = runfile.lock(data)

@@ -1,5 +1,6 @@
 """What the watchers make of trainers, clusters and servers that misbehave. Records and attempt folders are real, nobody else is."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -15,16 +16,17 @@ from consumers.watchers import attempts, serving, training
 from events.datasets import DatasetUploaded
 from events.deployments import DeployRequested, UndeployRequested
 from events.types import DatasetFormat, new_id
-from mini_studio.drivers.dfs import DfsStore
+from mini_studio.drivers.dfs import PARTIAL, DfsStore
 from mini_studio.drivers.ports import ReleaseSpec
 from mini_studio.records.record import ANYONE
 from mini_studio.records.releases import Release
 from mini_studio.records.training_runs import MAX_INTERRUPTIONS, RunPhase, TrainingRun
 from mini_studio.settings import Settings, Training
-from mini_studio.wiring import Studio, open_studio
+from mini_studio.wiring import Studio, ended, open_studio
 from tests.consumers.cases import deploy, envelope, fine_tune
 from tests.fakes.serving_driver import FakeServingDriver
 from tests.fakes.training_cluster import FakeTrainingCluster
+from tests.fakes.waiting import until
 from workloads.specs import MANIFEST, PROGRESS, WEIGHTS, Manifest, ManifestFile, Progress
 
 
@@ -336,6 +338,21 @@ async def test_a_server_that_crashes_after_long_service_is_starting_not_late(
     assert told(await release_of(studio, request)) == [
         f"deployment.{name}.v1" for name in ("applied", "ready", "applied")
     ]
+
+
+async def test_halves_of_uploads_are_swept_when_they_are_old(studio: Studio, tmp_path: Path) -> None:
+    studio.s3 = DfsStore(tmp_path / "s3")  # type: ignore[assignment]
+    old = [root / "datasets" / f"{PARTIAL}old" for root in (studio.settings.dfs, tmp_path / "s3")]
+    new = old[0].with_name(f"{PARTIAL}new")
+    for file in (*old, new):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    for file in old:
+        os.utime(file, (0, 0))
+    sweeping = asyncio.create_task(datasets.sweep(studio))
+    await until(lambda: not any(file.exists() for file in old))
+    await ended(sweeping)
+    assert new.exists()
 
 
 async def test_what_is_applied_after_its_removal_is_swept(studio: Studio, servers: FakeServingDriver) -> None:

@@ -67,6 +67,14 @@ def test_a_port_that_is_none(port: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_the_stack_for_one_machine_is_no_production(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINI_STUDIO_PRODUCTION", "true")
+    assert entry.main(["--data", str(tmp_path), "--port=8000"]) == 2
+    assert "MINI_STUDIO_PRODUCTION is set" in capsys.readouterr().err
+
+
 def test_two_studios_get_blocks_of_their_own(block: ports.PortBlock) -> None:
     other = ports.claim(block.base)
     assert other.base != block.base
