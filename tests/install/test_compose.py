@@ -4,6 +4,7 @@ import os
 import re
 import stat
 import subprocess
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 import typer
 from pydantic import BaseModel, SecretStr
 
+from mini_studio import production
 from mini_studio.cli import app
 from mini_studio.settings import Api, Settings
 from tests.install import compose_file
 from tests.install.compose_file import ROOT, SERVER, STUDIO, TRAINER, Service
 
-SECRETS = {name: f"secret-of-{name.lower()}" for name in sorted(compose_file.required())}
+SECRETS = {name: sha256(name.encode()).hexdigest()[:48] for name in sorted(compose_file.required())}
 SERVICES = compose_file.services(SECRETS)
 OURS = {name: service for name, service in SERVICES.items() if service.is_studio}
 PORTS = {"kafka": 9092, "mongo": 27017, "s3": 9000, "ray": 8265}
@@ -53,15 +55,27 @@ def test_no_secret_stands_in_the_file() -> None:
 
 @pytest.mark.parametrize("service", OURS.values(), ids=lambda service: service.name)
 def test_every_variable_is_a_setting_that_takes_its_value(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(service, monkeypatch)
+    assert service.environment, service.name
+    for name, value in service.environment.items():
+        assert _shown(_setting(settings, name)) == value, name
+
+
+@pytest.mark.parametrize("service", OURS.values(), ids=lambda service: service.name)
+def test_production_has_nothing_against_it(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(service, monkeypatch)
+    assert settings.production
+    process = ":".join(service.command).replace("consume:", "consumer:")
+    assert production.unsafe(settings, process) == []
+
+
+def settings_of(service: Service, monkeypatch: pytest.MonkeyPatch) -> Settings:
     for name in os.environ:
         if name.startswith("MINI_STUDIO_"):
             monkeypatch.delenv(name)
     for name, value in service.environment.items():
         monkeypatch.setenv(name, value)
-    settings = Settings(data=Path("/data"))
-    assert service.environment, service.name
-    for name, value in service.environment.items():
-        assert _shown(_setting(settings, name)) == value, name
+    return Settings(data=Path("/data"))
 
 
 def _setting(settings: BaseModel, variable: str) -> Any:
@@ -96,7 +110,7 @@ def test_every_address_is_that_of_a_service_on_a_network_of_both() -> None:
     addressed = set()
     for service in OURS.values():
         for value in service.environment.values():
-            for host, port in re.findall(r"(?:^|//|@)([a-z0-9-]+):(\d+)", value):
+            for host, port in re.findall(r"(?:^|//|@)([a-z0-9-]+):(\d+)(?=/|$)", value):
                 assert PORTS[host] == int(port), (service.name, value)
                 assert service.networks & SERVICES[host].networks, (service.name, host)
                 addressed.add(host)
