@@ -15,7 +15,7 @@ SHELL := /bin/bash
 NEEDED_MB := 7000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo test test-real soak check format lock clean schemas
+.PHONY: help venv run demo env test test-real soak check format lock clean schemas
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -43,6 +43,11 @@ run: $(STAMP) ## start the studio in the foreground; Ctrl-C stops all of it
 
 demo: $(STAMP) ## do the main job on the running studio
 	@exec $(BIN)/mini-studio demo --data "$(DATA)"
+
+env: ## write the secrets of compose.yaml to .env, once
+	@umask 077; set -C; (for name in MONGO_ROOT_PASSWORD MONGO_PASSWORD S3_ACCESS_KEY S3_SECRET_KEY RAY_TOKEN ADMIN_TOKEN; do \
+	  echo "STUDIO_$$name=$$(od -An -N 24 -t x1 /dev/urandom | tr -d ' \n')"; done > .env) 2>/dev/null || { \
+	  echo ".env is there already (or cannot be written): its secrets belong to what is in the volumes, so it is left as it is." >&2; exit 2; }
 
 test: $(STAMP) ## all tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
