@@ -345,7 +345,7 @@ async def test_the_driver_says_what_an_account_without_the_role_may_not_do(
     settings = Settings().serving.kubernetes
     there = settings.model_copy(update={"namespace": installed.models, "kubeconfig": tmp_path / "kubeconfig"})
     api = KubeApi(there)
-    with pytest.raises(Refused, match="deployments.apps is forbidden: User .*-api"):
+    with pytest.raises(Refused, match=r"deployments\.apps is forbidden: User .*-api"):
         await api.list(DEPLOYMENTS, "app.kubernetes.io/managed-by=mini-studio")
     await api.aclose()
 
