@@ -104,9 +104,6 @@ class Kafka(BaseModel):
 
 
 class Records(BaseModel):
-    mongo_url: SecretStr | None = Field(
-        None, description="Connection string of MongoDB; without one, records are in the SQLite file."
-    )
     sqlite: Path | None = Field(None, description="The record file; by default `records.sqlite` in the data folder.")
     mongo_url: SecretStr | None = Field(
         None,
@@ -147,7 +144,6 @@ class Uploads(BaseModel):
 
 class Training(BaseModel):
     ray_address: str = Field("http://127.0.0.1:8265", description="Address of Ray's HTTP API (Jobs and state).")
-    ray_token: SecretStr | None = Field(None, description="Token of a Ray cluster with `RAY_AUTH_MODE=token`.")
     ray_timeout_s: float = Field(5.0, gt=0, description="Longest wait for one answer of Ray.")
     ray_token: SecretStr | None = Field(
         None, description="Token of a Ray cluster that runs with RAY_AUTH_MODE=token; it is sent with every request."

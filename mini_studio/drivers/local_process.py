@@ -50,6 +50,7 @@ class Start:
     weights: Path | None
     models_root: Path
     status_file: Path
+    host: str
     threads: int
 
 
@@ -58,7 +59,7 @@ def serve_command(start: Start) -> list[str]:
     return [
         *(sys.executable, "-m", "workloads.serve", "--served-model-name", start.model),
         *(["--weights", str(start.weights)] if start.weights else by_name),
-        *("--host", "127.0.0.1", "--port", "0"),
+        *("--host", start.host, "--port", "0"),
         *("--status-file", str(start.status_file), "--threads", str(start.threads)),
     ]
 
@@ -172,6 +173,7 @@ class LocalProcessDriver:
                 weights=held.weights,
                 models_root=self._models_root,
                 status_file=server.status_file,
+                host=self._settings.host,
                 threads=self._settings.threads,
             )
         )
@@ -192,7 +194,7 @@ class LocalProcessDriver:
         said, pid = server.status(), server.process().pid
         if said is None or pid is None or said.pid != pid or not _ready(server):
             return None
-        endpoint, now = f"http://127.0.0.1:{said.port}", time.time()
+        endpoint, now = f"http://{self._settings.host}:{said.port}", time.time()
         try:
             if (await self._client.get(f"{endpoint}/health")).is_success:
                 self._answered[pid] = now

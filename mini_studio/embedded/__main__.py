@@ -41,6 +41,7 @@ def run(data: Path, port: int, parent: int | None) -> int:
     """Check, then supervise until asked to stop."""
     checks.not_in_production()
     host = os.environ.get("MINI_STUDIO_API__HOST") or stack.LOCAL
+    checks.packages()
     data = checks.data_folder(data)
     lock = checks.hold(data)
     earlier = runfile.read(data)

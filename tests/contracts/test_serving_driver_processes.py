@@ -47,9 +47,9 @@ class Place:
         (self.models_root / "acme").mkdir(parents=True)
 
     def driver(
-        self, *, max_restarts: int = 2, command: Callable[[Start], list[str]] = stub_command
+        self, *, max_restarts: int = 2, host: str = "127.0.0.1", command: Callable[[Start], list[str]] = stub_command
     ) -> LocalProcessDriver:
-        settings = Serving(threads=1, max_restarts=max_restarts)
+        settings = Serving(threads=1, max_restarts=max_restarts, host=host)
         return LocalProcessDriver(self.state_dir, self.models_root, settings, command=command, backoff_s=0.01)
 
     def servers(self) -> list[int]:
@@ -274,8 +274,24 @@ def test_a_log_is_cut_at_the_front(tmp_path: Path) -> None:
     assert server.log_tail()[-1] == "the end"
 
 
+async def test_servers_listen_on_the_address_that_gateways_are_told_and_on_no_other(place: Place) -> None:
+    """As in compose.yaml, where the gateway is another machine."""
+    ready = await until(place.driver(host="127.0.0.77"), SPEC)
+    (endpoint,) = ready.endpoints
+    assert endpoint.startswith("http://127.0.0.77:")
+    async with httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.get(f"{endpoint}/health")).is_success
+        with pytest.raises(httpx.ConnectError):
+            await client.get(endpoint.replace("127.0.0.77", "127.0.0.1"))
+
+
+async def test_the_address_may_be_a_name(place: Place) -> None:
+    ready = await until(place.driver(host="localhost"), SPEC)
+    assert ready.endpoints[0].startswith("http://localhost:")
+
+
 def test_the_command_names_weights_or_a_base_model(tmp_path: Path) -> None:
-    start = Start("shown", "base", None, tmp_path, tmp_path / "status.json", 2)
+    start = Start("shown", "base", None, tmp_path, tmp_path / "status.json", "model-servers", 2)
     assert serve_command(start)[1:] == [
         *(
             "-m",
@@ -287,7 +303,7 @@ def test_the_command_names_weights_or_a_base_model(tmp_path: Path) -> None:
             "--models-root",
             str(tmp_path),
         ),
-        *("--host", "127.0.0.1", "--port", "0", "--status-file", str(tmp_path / "status.json"), "--threads", "2"),
+        *("--host", "model-servers", "--port", "0", "--status-file", str(tmp_path / "status.json"), "--threads", "2"),
     ]
     assert "--weights" in serve_command(replace(start, weights=tmp_path))
 

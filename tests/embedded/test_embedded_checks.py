@@ -54,6 +54,13 @@ def test_a_data_folder_that_is_a_file(tmp_path: Path) -> None:
         checks.data_folder(file)
 
 
+def test_an_installation_without_what_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "PACKAGES", ("torch", "no_such_package"))
+    with pytest.raises(checks.CannotStart, match=r"no_such_package.*pip install 'mini-studio\[embedded\]'"):
+        entry.run(tmp_path / "studio", 8000, None)
+    assert not (tmp_path / "studio").exists()
+
+
 @pytest.mark.parametrize("port", ["0", "65536", "http", "-1", ""])
 def test_a_port_that_is_none(port: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.main(["--data", str(tmp_path), f"--port={port}"]) == 2

@@ -15,7 +15,8 @@ STUB = Path(__file__).with_name("model_server.py")
 
 
 def stub_command(start: Start) -> list[str]:
-    return [sys.executable, str(STUB), str(start.status_file), start.model, str(start.weights or start.base_model)]
+    weights = str(start.weights or start.base_model)
+    return [sys.executable, str(STUB), str(start.status_file), start.model, weights, start.host]
 
 
 def all_servers(state_dir: Path) -> list[int]:

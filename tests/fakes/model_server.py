@@ -1,4 +1,4 @@
-"""`python -m tests.fakes.model_server STATUS_FILE MODEL WEIGHTS`: behaves as a model server does towards its driver, without a model.
+"""`python -m tests.fakes.model_server STATUS_FILE MODEL WEIGHTS HOST`: behaves as a model server does towards its driver, without a model.
 
 The model's name says what it does: `fails...` cannot load, `dies...` crashes at once, `stubborn...` ignores SIGTERM, all else serves.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    status_file, model, weights = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    status_file, model, weights, host = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 
     def tell(state: str, **more: object) -> None:
         fresh = status_file.with_suffix(".new")
@@ -29,7 +29,7 @@ def main() -> int:
     if model.startswith("dies"):
         print("a traceback that says why", flush=True)
         return 3
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler(model, weights)) as server:
+    with http.server.ThreadingHTTPServer((host, 0), handler(model, weights)) as server:
         tell("ready", port=server.server_port)
         server.serve_forever()
     return 0
