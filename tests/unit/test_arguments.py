@@ -52,15 +52,15 @@ def test_vllm_is_started_with_the_model_first() -> None:
         "--disable-fastapi-docs",
     ]
     name, middleware = "--served-model-name=ft:tiny-llama:acme:c744c09c", "--middleware=predict.Predict"
-    assert vllm_arguments(SPEC, SETTINGS, WEIGHTS) == [WEIGHTS, name, *common, middleware, *rest]
-    several = vllm_arguments(replace(SPEC, gpu_count=4), SETTINGS, None)
+    assert vllm_arguments(SPEC, WEIGHTS) == [WEIGHTS, name, *common, middleware, *rest]
+    several = vllm_arguments(replace(SPEC, gpu_count=4), None)
     assert several == ["facebook/opt-125m", name, *common, "--tensor-parallel-size=4", middleware, *rest]
 
 
 def test_vllm_has_these_options() -> None:
     """Of the version that is the default image."""
     assert SETTINGS.vllm_image.endswith(f":v{RECORD['version']}")
-    for argument in vllm_arguments(replace(SPEC, gpu_count=2), SETTINGS, None)[1:]:
+    for argument in vllm_arguments(replace(SPEC, gpu_count=2), None)[1:]:
         option, has_value, _ = argument.partition("=")
         assert RECORD["options"][option] in (("one", "some") if has_value else ("none",)), argument
 
@@ -100,14 +100,14 @@ def test_our_server_has_only_the_models_root(weights: str) -> None:
 @pytest.mark.parametrize("name", ["tiny-llama", "gpt2", *HOSTILE])
 def test_vllm_fetches_only_hub_ids(name: str) -> None:
     with pytest.raises(Refused, match="base model"):
-        vllm_arguments(replace(SPEC, base_model=name), SETTINGS, None)
+        vllm_arguments(replace(SPEC, base_model=name), None)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_name_is_refused(name: str) -> None:
     spec = replace(SPEC, model=name)
     with pytest.raises(Refused):
-        vllm_arguments(spec, SETTINGS, WEIGHTS)
+        vllm_arguments(spec, WEIGHTS)
     with pytest.raises(Refused):
         studio_arguments(spec, SETTINGS, WEIGHTS, "/models")
 
@@ -117,7 +117,7 @@ def test_a_hostile_name_is_refused(name: str) -> None:
 )
 def test_a_hostile_folder_is_refused(name: str) -> None:
     with pytest.raises(Refused):
-        vllm_arguments(SPEC, SETTINGS, name)
+        vllm_arguments(SPEC, name)
     with pytest.raises(Refused):
         studio_arguments(SPEC, SETTINGS, name, "/models")
 
@@ -126,9 +126,9 @@ def test_a_hostile_folder_is_refused(name: str) -> None:
 def test_no_value_becomes_an_option(model: str, base_model: str, folder: str | None) -> None:
     spec = replace(SPEC, model=model, base_model=base_model)
     weights = None if folder is None else f"/models/{folder}"
-    fixed = [argument.partition("=")[0] for argument in vllm_arguments(SPEC, SETTINGS, WEIGHTS)[1:]]
+    fixed = [argument.partition("=")[0] for argument in vllm_arguments(SPEC, WEIGHTS)[1:]]
     try:
-        first, *rest = vllm_arguments(spec, SETTINGS, weights)
+        first, *rest = vllm_arguments(spec, weights)
     except Refused:
         return
     assert [argument.partition("=")[0] for argument in rest] == fixed

@@ -29,7 +29,6 @@ import httpx
 from events.types import DeploymentKind
 from mini_studio.drivers.kubernetes.arguments import predict_source, vllm_arguments
 from mini_studio.drivers.ports import ReleaseSpec
-from mini_studio.settings import Kubernetes
 from workloads.base_models.install import ensure
 
 PYTHON = "MINI_STUDIO_TEST_VLLM_PYTHON"
@@ -93,7 +92,7 @@ def check_parser(checks: Checks) -> None:
         "fine-tuned weights": (SPEC, "/models/acme/j/m.1", {"model_tag": "/models/acme/j/m.1"}),
         "a hub model on two GPUs": (several, None, {"model_tag": SPEC.base_model, "tensor_parallel_size": 2}),
     }
-    lists = [vllm_arguments(spec, Kubernetes(), weights) for spec, weights, _ in expected.values()]
+    lists = [vllm_arguments(spec, weights) for spec, weights, _ in expected.values()]
     for (what, (_, _, wanted)), found in zip(expected.items(), side("parse", given=lists), strict=True):
         checks.that(f"vLLM's parser reads {what} as meant, and nothing else", found == {**always, **wanted}, found)
 
@@ -115,7 +114,7 @@ def serving(folder: Path, weights: Path, *more: str) -> Iterator[tuple[subproces
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here = ["--host=127.0.0.1", f"--port={port}", "--enforce-eager", *more]
-    command = [os.environ[PYTHON], str(SIDE), "serve", *vllm_arguments(SPEC, Kubernetes(), str(weights)), *here]
+    command = [os.environ[PYTHON], str(SIDE), "serve", *vllm_arguments(SPEC, str(weights)), *here]
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),

@@ -31,7 +31,7 @@ def predict_source() -> str:
     return files("workloads").joinpath("predict", "predict.py").read_text()
 
 
-def vllm_arguments(spec: ReleaseSpec, settings: Kubernetes, weights: str | None) -> list[str]:
+def vllm_arguments(spec: ReleaseSpec, weights: str | None) -> list[str]:
     """For `vllm serve`, which wants the model first. Raises `Refused`.
 
     `weights` None: a hub model, which vLLM fetches. Fine-tuned weights are whole models, adapters merged. Prompts and answers are

@@ -189,7 +189,9 @@ def _pod(spec: ReleaseSpec, content: Content, settings: Kubernetes, patience_s: 
 def _container(spec: ReleaseSpec, content: Content, settings: Kubernetes, patience_s: float) -> Object:
     vllm = settings.runtime == "vllm"
     if vllm:
-        started = {"image": settings.vllm_image, "args": vllm_arguments(spec, settings, content.weights)}
+        # `serve` takes the model as its first argument; another entrypoint that an image might have does not
+        arguments = vllm_arguments(spec, content.weights)
+        started = {"image": settings.vllm_image, "command": ["vllm", "serve"], "args": arguments}
     else:
         arguments = studio_arguments(spec, settings, content.weights, content.models_root)
         started = {"image": settings.server_image, "args": arguments}
