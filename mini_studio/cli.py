@@ -147,8 +147,13 @@ def prepare(data: DataOption = None) -> None:
     """Create what is missing (indexes, topics, bucket) and refill an embedded broker that starts empty from the journal."""
     settings = settings_for(data, "prepare")
     from mini_studio import maintenance
+    from mini_studio.errors import StudioError
 
-    asyncio.run(maintenance.prepare(settings))
+    try:
+        asyncio.run(maintenance.prepare(settings))
+    except StudioError as error:
+        typer.echo(f"error: {error.message}; run it again when that is mended", err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command()
