@@ -96,11 +96,12 @@ class KubernetesDriver:
         """Raises `Unavailable` until the last object, and the last pod, is gone."""
         await self._synced()
         self._check_name(name)
-        ending = [await self._removed(kind, name, deployment_id, generation) for kind in reversed(KINDS)]
+        ending = [k.name for k in reversed(KINDS) if await self._removed(k, name, deployment_id, generation)]
         successor = await self.api.get(DEPLOYMENT, name)
         pods = [pod for pod in self._pods(name) if _id(pod) == deployment_id] if successor is None else []
-        if any(ending) or pods:
-            raise Unavailable(f"{name} is being removed: {len(pods)} of its pods are still ending.")
+        if ending or pods:
+            left = ", ".join(ending + [f"{len(pods)} pods"] * bool(pods))
+            raise Unavailable(f"{name} is being removed; still ending: {left}.")
         self._completed.pop(name, None)
         self._planned.pop(name, None)
 
