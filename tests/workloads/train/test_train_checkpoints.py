@@ -77,7 +77,7 @@ def cut_off(make_attempt: Make, request: pytest.FixtureRequest) -> Attempt:
     return attempt
 
 
-@pytest.mark.parametrize("cut_off", ["full", "lora"], indirect=True)
+@pytest.mark.parametrize("cut_off", ["full", pytest.param("lora", marks=pytest.mark.real)], indirect=True)
 def test_a_killed_training_goes_on_and_ends_as_if_nothing_had_been(
     make_attempt: Make, cut_off: Attempt, tmp_path: Path
 ) -> None:

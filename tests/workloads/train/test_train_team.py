@@ -63,7 +63,7 @@ def together(attempt: Attempt, size: int) -> list[dict[str, Any]]:
     return [json.loads(worker.communicate(timeout=100)[0]) for worker in workers]
 
 
-@pytest.mark.parametrize(("size", "method"), [(2, "full"), (3, "lora")])
+@pytest.mark.parametrize(("size", "method"), [(2, "full"), pytest.param(3, "lora", marks=pytest.mark.real)])
 def test_workers_have_the_losses_of_one_with_the_same_batches(make_attempt: Any, size: int, method: str) -> None:
     attempt: Attempt = make_attempt(n_epochs=5, batch_size=6, method=method, seed=3)
     alone = trained(attempt.spec)
