@@ -15,7 +15,7 @@ SHELL := /bin/bash
 NEEDED_MB := 7000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo env test test-real soak check format lock clean schemas
+.PHONY: help venv run demo env test real test-real soak check format lock clean schemas
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -52,10 +52,18 @@ env: ## write the secrets of compose.yaml to .env, once
 test: $(STAMP) ## all tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-real: $(STAMP) ## fault programs and tests on real services, which REAL/kafka starts; LENGTH=full for the long forms, TESTS=tests/faults/test_ray.py for some
+real: ## get the real services that test-real starts, by the scripts in REAL (10 to 20 minutes the first time: Kubernetes is built)
+	@test -x "$(REAL)/kubernetes" || { \
+	  echo "There is no $(REAL)/kubernetes to build a control plane with: name a folder that has one, make real REAL=DIR," \
+	    "or running services, MINI_STUDIO_TEST_KAFKA=host:port and so on (tests/fakes/real_*.py) for make test-real." >&2; exit 2; }
+	command -v prometheus >/dev/null || { apt-get update -q && apt-get install -qy prometheus; } >/dev/null
+	for service in kafka mongo s3 helm kubernetes; do "$(REAL)/$$service" install; done
+	"$(REAL)/kubernetes" install-keda
+
+test-real: $(STAMP) ## fault programs and tests on real services, which the scripts in REAL start; LENGTH=full for the long forms, TESTS=tests/faults/test_ray.py for some
 	@test -n "$$MINI_STUDIO_TEST_KAFKA" -o -x "$(REAL)/kafka" || { \
 	  echo "There is no $(REAL)/kafka to start an Apache Kafka with: name a folder that has one, make test-real REAL=DIR," \
-	    "or a running broker, MINI_STUDIO_TEST_KAFKA=host:port make test-real (what kills and pauses one is then skipped)." >&2; exit 2; }
+	    "or running services, MINI_STUDIO_TEST_KAFKA=host:port and so on (what kills and pauses one is then skipped)." >&2; exit 2; }
 	MINI_STUDIO_TEST_REAL=$(wildcard $(REAL)) MINI_STUDIO_TEST_LENGTH=$(LENGTH) $(BIN)/python -m pytest -m real --durations 15 $(TESTS)
 
 soak: $(STAMP) ## kill everything at random under load for MINUTES, then check that nothing was lost or done twice

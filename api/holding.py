@@ -31,11 +31,12 @@ class Holding:
         self._leaving.set()
 
     async def awake(self, request: Request, route: Route) -> tuple[Request, Route]:
-        """The request, untouched, and the route as it is when the deployment is awake, or has failed.
+        """The request, untouched, and the route as it is by now, once the deployment is awake, or has failed.
 
         Raises `NotReady` when that takes too long or too many wait already, `NotFound` when it was removed meanwhile, and
         `ClientDisconnect` when the client hangs up.
         """
+        route = self._routes.get(route.key) or route
         if not route.asleep:
             return request, route
         if self._held[route.key] >= self._settings.hold_requests:

@@ -33,5 +33,4 @@ async def infer(
     """
     route = proxy.route_for(routes, user, model_name)
     until_answered.enter_context(load.counted(route.name))
-    request, route = await holding.awake(request, route)
-    return await proxy.forward(request, proxy.usable(route), client)
+    return await proxy.ask(request, route, holding, client)

@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 
+from api.holding import Holding
 from events.types import DeploymentStatus
 from mini_studio.bus.routes import RouteTable
 from mini_studio.errors import DeploymentFailed, NotFound, NotReady, Upstream, UpstreamTimeout
@@ -30,7 +31,12 @@ KEPT_BACK = frozenset(
     )
 )
 """Headers of one connection (RFC 9110, 7.6.1), and those our own server writes."""
+REFUSED_PAUSES_S = (0.1, 0.3, 0.6, 1.0)
 _turn = itertools.count()
+
+
+class Refusing(Upstream):
+    """The model server takes no connection."""
 
 
 def route_for(routes: RouteTable, user: str | None, model: str) -> Route:
@@ -53,6 +59,22 @@ def usable(route: Route) -> Route:
     return route
 
 
+async def ask(request: Request, route: Route, holding: Holding, client: httpx.AsyncClient) -> StreamingResponse:
+    """Forward it, when the deployment is awake.
+
+    A refused connection is tried again for a while, by the route as it is then: the last replica may just have gone, or the
+    cluster may not know everywhere yet that the first one is there. The request stays whole, nothing of it was sent.
+    """
+    for pause_s in REFUSED_PAUSES_S:
+        request, route = await holding.awake(request, route)
+        try:
+            return await forward(request, usable(route), client)
+        except Refusing:
+            await asyncio.sleep(pause_s)
+    request, route = await holding.awake(request, route)
+    return await forward(request, usable(route), client)
+
+
 async def forward(request: Request, route: Route, client: httpx.AsyncClient) -> StreamingResponse:
     """One request to one of the route's endpoints. Raises `ClientDisconnect` if the client hangs up before the answer begins."""
     endpoint = route.endpoints[next(_turn) % len(route.endpoints)]
@@ -67,6 +89,8 @@ async def forward(request: Request, route: Route, client: httpx.AsyncClient) -> 
         if not sending.done():
             raise ClientDisconnect
         response = sending.result()
+    except httpx.ConnectError as error:
+        raise Refusing(f"deployment {route.name} cannot be reached: {error or type(error).__name__}") from None
     except httpx.TimeoutException:
         raise UpstreamTimeout(f"deployment {route.name} did not answer in time") from None
     except httpx.HTTPError as error:

@@ -187,7 +187,7 @@ def prepare(data: DataOption = None) -> None:
     try:
         asyncio.run(maintenance.prepare(settings))
     except StudioError as error:
-        typer.echo(f"error: {error.message}", err=True)
+        typer.echo(f"error: {error.message}; run it again when that is mended", err=True)
         raise typer.Exit(2) from None
 
 

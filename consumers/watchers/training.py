@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import time
+from typing import Any
 
 import structlog
 
@@ -88,7 +89,7 @@ async def submit(run: TrainingRun, studio: Studio) -> None:
     except OSError as error:
         code = "no_space" if error.errno == errno.ENOSPC else "internal"
         message = f"The attempt's folder cannot be written: {error}. Check the models folder's free space and rights, and submit again."
-        await change(run, studio, lambda r: r.fail(run.token, code=code, message=message))
+        await end(run, studio, code=code, message=message)
         return
     try:
         await studio.cluster.submit(
@@ -100,7 +101,7 @@ async def submit(run: TrainingRun, studio: Studio) -> None:
         log.info("training.submitted", submission_id=run.submission_id, workers=spec.workers, threads=spec.threads)
     except Refused as error:
         message = f"Ray refused the training: {error.message}"
-        await change(run, studio, lambda r: r.fail(run.token, code="refused", message=message))
+        await end(run, studio, code="refused", message=message)
     except Unavailable as error:
         log.warning("training.submit_unknown", reason=error.message)
 
@@ -172,10 +173,13 @@ async def announce(run: TrainingRun, studio: Studio) -> None:
 
 async def fail(run: TrainingRun, code: str, message: str, studio: Studio) -> None:
     tail = await studio.cluster.logs(run.submission_id, LOG_LINES)
-    failed = await change(run, studio, lambda r: r.fail(run.token, code=code, message=message, log_tail=tail))
-    if failed is not None:
+    await end(run, studio, code=code, message=message, log_tail=tail)
+
+
+async def end(run: TrainingRun, studio: Studio, **failure: Any) -> None:
+    if await change(run, studio, lambda r: r.fail(run.token, **failure)) is not None:
         await asyncio.to_thread(attempts.remove_checkpoints, attempts.job_folder(run, studio.settings))
-        log.warning("training.failed", code=code, reason=message)
+        log.warning("training.failed", code=failure["code"], reason=failure["message"])
 
 
 async def lose(run: TrainingRun, lost: Lose, studio: Studio) -> None:

@@ -83,10 +83,7 @@ class RayCluster:
         await self._client.aclose()
 
     async def has_room(self, workers: Workers, *, running: int) -> bool:
-        nodes, usage = await asyncio.gather(self._nodes(), self._usage())
-        alive = [node for node in nodes if node.get("state") == "ALIVE"]
-        if not alive:
-            raise Unavailable(f"Ray at {self._address} has no node that is alive")
+        alive, usage = await self._look()
         if sum(_places(node, workers) for node in alive) < workers.count:
             raise Refused(_too_small(workers))
         resources = _resources(alive, usage)
@@ -153,16 +150,11 @@ class RayCluster:
     async def status(self) -> dict[str, Any]:
         try:
             async with asyncio.timeout(min(self._timeout_s, STATUS_S)):
-                nodes, usage = await asyncio.gather(self._nodes(), self._usage())
+                alive, usage = await self._look()
         except TimeoutError:
             return _away(f"Ray at {self._address} does not answer")
         except StudioError as error:
             return _away(error.message)
-        except Exception as error:  # the status page must show something whatever Ray says
-            return _away(f"Ray at {self._address} gave an answer that makes no sense: {error!r}")
-        alive = [node for node in nodes if node.get("state") == "ALIVE"]
-        if not alive:
-            return _away(f"Ray at {self._address} has no node that is alive")
         return {"available": True, "reason": None, "resources": _resources(alive, usage), "nodes": len(alive)}
 
     def _environment(self, cpus: float) -> dict[str, str]:
@@ -213,6 +205,17 @@ class RayCluster:
                     yield chunk
             else:
                 yield b"{}"
+
+    async def _look(self) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+        """The nodes that are alive, and what is used of them."""
+        try:
+            nodes, usage = await asyncio.gather(self._nodes(), self._usage())
+            alive = [node for node in nodes if node.get("state") == "ALIVE"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise Unavailable(f"Ray at {self._address} gave an answer that makes no sense: {error!r}") from error
+        if not alive:
+            raise Unavailable(f"Ray at {self._address} has no node that is alive")
+        return alive, usage
 
     async def _nodes(self) -> list[dict[str, Any]]:
         content = _object(await self._call("GET", "/api/v0/nodes"))

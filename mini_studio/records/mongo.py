@@ -33,7 +33,6 @@ BATCH = 500
 """Documents in one exchange with the database: few enough to be answered in time."""
 GRACE_S = 0.3
 """What the driver has over its own timeout to say what was wrong, before the caller is told that there is no answer."""
-PREPARE_S = 3600
 TURN_S = 10.0
 """How long a journal's writer goes on without its turn while others have theirs; only relays wait for it."""
 PAUSE_MIN_S, PAUSE_MAX_S = 0.005, 0.2
@@ -57,7 +56,8 @@ class MongoStore:
         """Position of the last entry of the journal that is known here: acknowledged by a majority, so no failover takes it back."""
 
     async def prepare(self) -> None:
-        with _outages(), pymongo.timeout(PREPARE_S):
+        """Takes as long as an index takes to be made of what is there."""
+        with _outages():
             for name, indexes in self._indexes.items():
                 await self._database[name].create_indexes(indexes)
 

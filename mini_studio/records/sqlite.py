@@ -110,8 +110,10 @@ class SqliteStore:
         conditions = [f"{_field(name)} = ?" for name in where]
         values: list[Any] = list(where.values())
         if after is not None:
-            conditions.append(f"({_field('created_at')}, id) {'<' if newest_first else '>'} (?, ?)")
-            values += after
+            sign = "<" if newest_first else ">"
+            # The first condition is the index's bound: SQLite takes no pair for one, and would go through all that is in front.
+            conditions += [f"{_field('created_at')} {sign}= ?", f"({_field('created_at')}, id) {sign} (?, ?)"]
+            values += [after[0], *after]
         order = "DESC" if newest_first else "ASC"
         filters = f"WHERE {' AND '.join(conditions)}" if conditions else ""
         sql = (

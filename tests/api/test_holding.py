@@ -39,6 +39,9 @@ class Model:
         )  # fmt: skip
         self._app.state.routes.put("dep_1", route, self._revision)
 
+    def holds(self, requests: int) -> bool:
+        return bool(self._app.state.holding._held["dep_1"] == requests)
+
     def goes(self) -> None:
         self._revision += 1
         self._app.state.routes.put("dep_1", None, self._revision)
@@ -86,11 +89,35 @@ async def test_a_request_waits_until_the_model_is_awake(client: httpx.AsyncClien
     held = [asyncio.create_task(client.post(INFER, content=body)) for body in bodies]
     await becomes(client, HELD)
     assert model.server.connections == 0
-    model.becomes(0, status=DeploymentStatus.DEPLOYED, endpoints=[])  # it is being started
+    model.becomes(0, status=DeploymentStatus.DEPLOYED, endpoints=[])
+    await asyncio.sleep(0.1)
+    assert not any(request.done() for request in held), "it is being started"
     model.becomes(1)
     assert [answer.status_code for answer in await asyncio.gather(*held)] == [200] * HELD
     assert sorted(model.server.bodies) == sorted(bodies)
     await becomes(client, None)
+
+
+async def test_a_request_outlasts_the_moment_in_which_the_last_replica_goes(
+    client: httpx.AsyncClient, model: Model
+) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    model.becomes(1, endpoints=[nobody])
+    late = asyncio.create_task(client.post(INFER, content=b"{}"))
+    await asyncio.sleep(0.2)
+    model.becomes(0, endpoints=[nobody])
+    await until(lambda: model.holds(1), 5)
+    model.becomes(1, endpoints=[nobody])  # and the first one comes, which not all of the cluster knows at once
+    await asyncio.sleep(0.2)
+    model.becomes(1)
+    assert (await ended(late))[0] == 200
+    assert model.server.bodies == [b"{}"]
+
+
+async def test_a_model_that_stays_away_is_a_bad_gateway(client: httpx.AsyncClient, model: Model) -> None:
+    model.becomes(1, endpoints=[f"http://127.0.0.1:{free_port()}"])
+    status, error, _ = await ended(client.post(INFER, content=b"{}"))
+    assert (status, "deployment base-m cannot be reached" in error) == (502, True)
 
 
 async def test_more_than_may_wait_are_told_to_come_back(client: httpx.AsyncClient, model: Model) -> None:

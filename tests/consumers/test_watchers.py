@@ -27,7 +27,7 @@ from tests.consumers.cases import deploy, envelope, fine_tune
 from tests.fakes.serving_driver import FakeServingDriver
 from tests.fakes.training_cluster import FakeTrainingCluster
 from tests.fakes.waiting import until
-from workloads.specs import MANIFEST, PROGRESS, WEIGHTS, Manifest, ManifestFile, Progress
+from workloads.specs import CHECKPOINTS, MANIFEST, PROGRESS, WEIGHTS, Manifest, ManifestFile, Progress
 
 
 @pytest.fixture
@@ -206,6 +206,101 @@ async def test_a_cluster_that_is_away_costs_no_attempt(studio: Studio, cluster: 
     cluster.away = False
     await training.reconcile(studio)
     assert (await run_of(studio, id)).attempt == 1
+
+
+async def test_what_the_cluster_never_has_room_for_waits_and_says_why_once(
+    studio: Studio, cluster: FakeTrainingCluster
+) -> None:
+    id = await queued(studio)
+    cluster.cpus = 0.5
+    for _ in range(3):
+        await training.reconcile(studio)
+    run = await run_of(studio, id)
+    assert (run.phase, cluster.submits) == (RunPhase.QUEUED, 0)
+    assert told(run) == ["fine_tune.queued.v1"] * 2
+    assert "too small" in run.outbox[-1]["value"]
+    cluster.cpus = 1.0
+    await training.reconcile(studio)
+    assert (await run_of(studio, id)).phase is RunPhase.SUBMITTED
+
+
+async def test_no_more_is_submitted_than_there_is_room_for(studio: Studio, cluster: FakeTrainingCluster) -> None:
+    cluster.cpus = 2.0
+    ids = [await queued(studio) for _ in range(3)]
+    for _ in range(2):
+        await training.reconcile(studio)
+    runs = [await run_of(studio, id) for id in ids]
+    assert sorted(run.phase for run in runs) == [RunPhase.QUEUED, RunPhase.SUBMITTED, RunPhase.SUBMITTED]
+    assert [told(run) for run in runs] == [["fine_tune.queued.v1"]] * 3, (
+        "nothing has to be mended: it is only not its turn"
+    )
+
+
+async def test_a_token_that_is_refused_is_told_in_the_job(studio: Studio, cluster: FakeTrainingCluster) -> None:
+    id = await queued(studio)
+    cluster.denies = "set MINI_STUDIO_TRAINING__RAY_TOKEN"
+    for _ in range(3):
+        await training.reconcile(studio)
+    run = await run_of(studio, id)
+    assert (run.phase, run.attempt, told(run)) == (RunPhase.QUEUED, 0, ["fine_tune.queued.v1"] * 2)
+    assert "MINI_STUDIO_TRAINING__RAY_TOKEN" in run.outbox[-1]["value"]
+
+
+async def test_a_lost_worker_costs_the_attempt_and_not_the_job(studio: Studio) -> None:
+    id = await queued(studio)
+    await training.reconcile(studio)
+    first = await run_of(studio, id)
+    says(studio, first, steps(1), Progress(kind="failed", time=time.time(), code="lost_worker", message="one is gone"))
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    assert (run.phase, run.attempt, run.failures) == (RunPhase.SUBMITTED, 2, 1)
+    assert any("one is gone" in entry["value"] for entry in run.outbox)
+
+
+def checkpoint(studio: Studio, run: TrainingRun) -> Path:
+    """What counts for the studio is that there is one."""
+    folder = attempts.folder(run, studio.settings) / CHECKPOINTS
+    folder.mkdir()
+    (folder / "step-7.json").write_text("{}")
+    return folder
+
+
+async def test_checkpoints_stay_until_the_job_is_over(studio: Studio, cluster: FakeTrainingCluster) -> None:
+    id = await queued(studio)
+    await training.reconcile(studio)
+    left = []
+    for number in (1, 2, 3):
+        run = await run_of(studio, id)
+        says(studio, run, Progress(kind="started", time=time.time()))
+        if number != 2:
+            left.append(checkpoint(studio, run))
+        await training.reconcile(studio)
+        says(studio, run, Progress(kind="failed", time=time.time(), code="stopped", message="asked to"))
+        await training.reconcile(studio)
+    assert (await run_of(studio, id)).attempt == 4
+    assert [folder.exists() for folder in left] == [False, True], "the newest one is kept for the next attempt"
+    run = await run_of(studio, id)
+    says(studio, run, steps(9))
+    finishes(studio, run, b"done")
+    await training.reconcile(studio)
+    assert (await run_of(studio, id)).phase is RunPhase.SUCCEEDED
+    assert not any(folder.exists() for folder in left)
+
+
+@pytest.mark.parametrize("way", ["fails", "is lost too often"])
+async def test_the_checkpoints_of_a_failed_job_are_removed(
+    studio: Studio, cluster: FakeTrainingCluster, way: str
+) -> None:
+    studio.settings.training.max_attempts = 1
+    id = await queued(studio)
+    await training.reconcile(studio)
+    run = await run_of(studio, id)
+    folder = checkpoint(studio, run)
+    code = "bad_row" if way == "fails" else "lost_worker"
+    says(studio, run, steps(1), Progress(kind="failed", time=time.time(), code=code, message="x"))
+    await training.reconcile(studio)
+    assert (await run_of(studio, id)).phase is RunPhase.FAILED
+    assert not folder.exists()
 
 
 async def test_a_trainers_own_failure_ends_the_job_with_its_log(studio: Studio, cluster: FakeTrainingCluster) -> None:

@@ -11,7 +11,8 @@ from tests.fakes.s3_servers import embedded_s3, real_s3
 
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[RayHead]:
-    with running_head() as head:
+    """It wants its token."""
+    with running_head("a-token-of-the-tests") as head:
         yield head
 
 

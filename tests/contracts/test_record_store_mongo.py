@@ -158,6 +158,8 @@ async def test_a_long_read_takes_as_many_exchanges_as_it_needs(
 async def test_a_database_that_is_not_there_is_unavailable_soon() -> None:
     store = MongoStore(f"mongodb://127.0.0.1:{free_port()}", "nothing", [THINGS])
     await refused(store)
+    with pytest.raises(Unavailable, match="refused"):
+        await asyncio.wait_for(store.prepare(), 10)
     await store.aclose()
 
 

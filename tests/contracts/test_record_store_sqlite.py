@@ -1,6 +1,7 @@
 """What only the record store in a SQLite file has to do."""
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
@@ -88,3 +89,24 @@ async def test_no_cursor_leaves_its_thread(tmp_path: Path) -> None:
     assert len(await store.scan(THINGS, limit=10)) == 2
     await store.clear(THINGS)
     await store.aclose()
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+async def test_a_page_begins_where_it_begins(newest_first: bool, tmp_path: Path, store: SqliteStore) -> None:
+    """By the index, and not by reading everything in front of it."""
+    await store.insert(THINGS, thing("a"))
+    asked: list[tuple[str, Any]] = []
+    real = store._read
+
+    async def read(sql: str, values: Any) -> Any:
+        asked.append((sql, values))
+        return await real(sql, values)
+
+    store._read = read  # type: ignore[method-assign]
+    after = ("2026-01-01", "b" if newest_first else "")
+    found = await store.find(THINGS, {"client_code": "acme"}, limit=5, after=after, newest_first=newest_first)
+    assert [document["_id"] for document in found] == ["a"]
+    (sql, values), sign = asked[0], "<" if newest_first else ">"
+    with contextlib.closing(sqlite3.connect(tmp_path / "records.sqlite")) as db:
+        plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+    assert plan == [f"SEARCH things USING INDEX things_l_client_code (<expr>=? AND <expr>{sign}?)"]

@@ -1,4 +1,7 @@
-"""The training cluster contract, run on a real Ray head, on the stand-in for its HTTP API, and on the fake."""
+"""The training cluster contract, run on a real Ray head that wants a token, on the stand-in for its HTTP API, and on the fake.
+
+A Ray head without authentication has it too, in `make test-real`.
+"""
 
 import asyncio
 import json
@@ -8,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mini_studio.drivers.ports import RunReport, RunState, TrainingCluster
+from mini_studio.drivers.ports import RunReport, RunState, TrainingCluster, Workers
 from mini_studio.drivers.ray import RayCluster
 from mini_studio.errors import Refused
 from tests.fakes.jobs_server import running_jobs_server
-from tests.fakes.ray_head import RayHead, stub_trainer
+from tests.fakes.ray_head import RayHead, running_head, stub_trainer
 from tests.fakes.training_cluster import FakeTrainingCluster
 
 METADATA = {"job_id": "job_1", "attempt": "1"}
@@ -35,7 +38,7 @@ class Bench(ABC):
     def end(self, id: str, spec: Path, exit_code: int) -> None: ...
 
     async def submit(self, id: str, spec: Path, metadata: dict[str, str] = METADATA) -> None:
-        await self.cluster.submit(id, spec, cpus=1, gpus=0, metadata=metadata)
+        await self.cluster.submit(id, spec, workers=Workers(), metadata=metadata)
 
     async def until(self, id: str, state: RunState) -> RunReport:
         for _ in range(600):
@@ -49,7 +52,7 @@ class Bench(ABC):
 class FakeBench(Bench):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.cluster: FakeTrainingCluster = FakeTrainingCluster()
+        self.cluster: FakeTrainingCluster = FakeTrainingCluster(cpus=2.0)
 
     def end(self, id: str, spec: Path, exit_code: int) -> None:
         if exit_code == 0:
@@ -59,9 +62,9 @@ class FakeBench(Bench):
 
 
 class RayBench(Bench):
-    def __init__(self, folder: Path, address: str) -> None:
+    def __init__(self, folder: Path, address: str, token: str | None = None) -> None:
         super().__init__(folder)
-        self.cluster = RayCluster(address, timeout_s=30, **stub_trainer())
+        self.cluster = RayCluster(address, timeout_s=30, token=token, **stub_trainer())
 
     def end(self, id: str, spec: Path, exit_code: int) -> None:
         Path(f"{spec}.exit").write_text(str(exit_code))
@@ -73,14 +76,20 @@ def jobs_server() -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(params=["fake", "jobs server", "ray"])
+@pytest.fixture(scope="module")
+def open_ray_head() -> Iterator[RayHead]:
+    with running_head() as head:
+        yield head
+
+
+@pytest.fixture(params=["fake", "jobs server", "ray", pytest.param("open ray", marks=pytest.mark.real)])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     if request.param == "fake":
         yield FakeBench(tmp_path)
         return
-    if request.param == "ray":
-        head: RayHead = request.getfixturevalue("ray_head")
-        bench = RayBench(tmp_path, head.address)
+    if request.param in ("ray", "open ray"):
+        head: RayHead = request.getfixturevalue("ray_head" if request.param == "ray" else "open_ray_head")
+        bench = RayBench(tmp_path, head.address, head.token)
     else:
         bench = RayBench(tmp_path, request.getfixturevalue("jobs_server"))
     yield bench
@@ -143,6 +152,14 @@ async def test_what_it_does_not_know_is_lost(bench: Bench) -> None:
     assert (await bench.cluster.report("never")).state is RunState.LOST
     await bench.cluster.stop("never")
     assert await bench.cluster.logs("never", 10) == []
+
+
+async def test_only_what_fits_has_room(bench: Bench) -> None:
+    assert await bench.cluster.has_room(Workers(cpus=0.5), running=1)
+    assert not await bench.cluster.has_room(Workers(), running=2), "those may not be in the cluster's own count yet"
+    for never in (Workers(cpus=3), Workers(count=3), Workers(gpus=1)):
+        with pytest.raises(Refused):
+            await bench.cluster.has_room(never, running=0)
 
 
 async def test_status_tells_resources(bench: Bench) -> None:

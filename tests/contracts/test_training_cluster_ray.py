@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from mini_studio.drivers.ports import RunReport, RunState, Workers
 from mini_studio.drivers.ray import LOG_BYTES, RayCluster
-from mini_studio.errors import Refused, Unavailable
+from mini_studio.errors import Denied, Refused, Unavailable
 from tests.fakes.ray_head import RayHead, free_ports, stub_trainer
 
 SPEC = Path("/nowhere/spec.json")
@@ -24,7 +25,7 @@ Answer = tuple[int, str]
 
 @pytest.fixture
 async def cluster(ray_head: RayHead) -> AsyncIterator[RayCluster]:
-    cluster = RayCluster(ray_head.address, timeout_s=30, **stub_trainer())
+    cluster = RayCluster(ray_head.address, timeout_s=30, token=ray_head.token, **stub_trainer())
     yield cluster
     await cluster.aclose()
 
@@ -48,6 +49,26 @@ async def answering(answer: Callable[[str], Answer | None], **options: Any) -> A
     port = server.sockets[0].getsockname()[1]
     cluster = RayCluster(f"http://127.0.0.1:{port}/", timeout_s=options.pop("timeout_s", 5), **options)
     yield cluster
+    await cluster.aclose()
+    server.close()
+
+
+@contextlib.asynccontextmanager
+async def recording() -> AsyncIterator[tuple[RayCluster, list[dict[str, Any]]]]:
+    """A cluster that takes every submission, and the bodies it got."""
+    bodies: list[dict[str, Any]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = int(head.partition("content-length: ")[2].split("\r\n")[0])
+        bodies.append(json.loads(await reader.readexactly(length)))
+        writer.write(b"HTTP/1.1 200 x\r\ncontent-length: 2\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    cluster = RayCluster(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout_s=30)
+    yield cluster, bodies
     await cluster.aclose()
     server.close()
 
@@ -141,7 +162,6 @@ async def test_a_frozen_head_is_away_in_time() -> None:
     ("code", "text", "error"),
     [
         (400, "Traceback\nTypeError: metadata values must be strings", Refused),
-        (403, "no", Refused),
         (429, "slow down", Unavailable),
         (500, "No available agent to submit job, please try again later.", Unavailable),
         (502, "", Unavailable),
@@ -174,13 +194,85 @@ async def test_nodes_that_are_all_dead_are_no_cluster() -> None:
         assert "no node" in (await cluster.status())["reason"]
 
 
-async def test_a_token_is_sent() -> None:
-    def guarded(head: str) -> Answer:
-        return (200, "{}") if "authorization: bearer t0k" in head.lower() else (401, "who are you?")
+@pytest.mark.parametrize(("token", "says"), [(None, "wants a token"), ("another", "does not take")])
+async def test_without_the_right_token_every_call_says_what_to_set(
+    ray_head: RayHead, token: str | None, says: str
+) -> None:
+    stranger = RayCluster(ray_head.address, timeout_s=30, token=token)
+    room = stranger.has_room(Workers(), running=0)
+    for call in (submitted(stranger), stranger.report("x"), stranger.stop("x"), room):
+        with pytest.raises(Denied, match=f"{says}.*MINI_STUDIO_TRAINING__RAY_TOKEN") as error:
+            await call
+        assert not isinstance(error.value, Refused), "the job has done nothing wrong"
+        assert token is None or token not in error.value.message
+    status = await stranger.status()
+    assert (status["available"], status["nodes"]) == (False, 0)
+    assert "MINI_STUDIO_TRAINING__RAY_TOKEN" in status["reason"]
+    assert await stranger.logs("x", 5) == []
+    await stranger.aclose()
 
-    async with answering(guarded) as stranger:
-        with pytest.raises(Refused, match="who are you"):
-            await submitted(stranger)
-        assert "wants a token" in (await stranger.status())["reason"]
-    async with answering(guarded, token="t0k") as trusted:
-        await submitted(trusted)
+
+async def test_the_trainer_has_the_token_from_the_cluster_and_no_list_of_jobs_shows_it(
+    ray_head: RayHead, cluster: RayCluster, tmp_path: Path
+) -> None:
+    assert ray_head.token
+    seen = await seen_by_trainer(cluster, "ray-token-1", tmp_path / "spec.json")
+    assert seen["ray_token"] == ray_head.token
+    (tmp_path / "spec.json.exit").write_text("0")
+    assert (await until_over(cluster, "ray-token-1")).state is RunState.SUCCEEDED
+    async with httpx.AsyncClient(headers={"authorization": f"Bearer {ray_head.token}"}, trust_env=False) as client:
+        jobs = await client.get(f"{ray_head.address}/api/jobs/", timeout=30)
+    assert "ray-token-1" in jobs.text
+    assert ray_head.token not in jobs.text
+
+
+def a_cluster(*nodes: tuple[float, float], used: tuple[float, float] = (0, 0)) -> Callable[[str], Answer]:
+    """Answers of a cluster whose nodes have so many CPUs and GPUs."""
+    cpus, gpus = (sum(node[index] for node in nodes) for index in (0, 1))
+    state = [{"state": "ALIVE", "resources_total": {"CPU": cpu, "GPU": gpu, "memory": 1.0}} for cpu, gpu in nodes]
+    state.append({"state": "DEAD", "resources_total": {"CPU": 64.0, "GPU": 8.0}})
+    usage = {"CPU": [used[0], cpus], "GPU": [used[1], gpus]}
+    data = {"result": {"result": state}, "clusterStatus": {"loadMetricsReport": {"usage": usage}}}
+    return lambda _: (200, json.dumps({"data": data}))
+
+
+@pytest.mark.parametrize(
+    ("answers", "workers", "running", "room"),
+    [
+        (a_cluster((4, 1), (4, 1)), Workers(2, 4, 1), 0, True),
+        (a_cluster((4, 1), (4, 1), used=(4, 1)), Workers(2, 4, 1), 0, False),
+        (a_cluster((4, 1), (4, 1), used=(4, 1)), Workers(1, 4, 1), 0, True),
+        (a_cluster((4, 1), (4, 1), used=(1, 0)), Workers(1, 4, 1), 2, False),
+        (a_cluster((4, 0), (4, 0), used=(1, 0)), Workers(1, 3, 0), 1, True),
+        (a_cluster((4, 2), (4, 0)), Workers(3, 1, 1), 0, None),
+        (a_cluster((2, 1), (2, 1)), Workers(1, 4, 1), 0, None),
+        (a_cluster((2, 0)), Workers(1, 1, 1), 0, None),
+    ],
+)
+async def test_a_worker_needs_its_place_on_one_node(
+    answers: Callable[[str], Answer], workers: Workers, running: int, room: bool | None
+) -> None:
+    async with answering(answers) as cluster:
+        if room is None:
+            with pytest.raises(Refused, match="MINI_STUDIO_TRAINING__WORKERS"):
+                await cluster.has_room(workers, running=running)
+        else:
+            assert await cluster.has_room(workers, running=running) is room
+    async with answering(a_cluster()) as cluster:
+        with pytest.raises(Unavailable, match="no node that is alive"):
+            await cluster.has_room(workers, running=running)
+
+
+@pytest.mark.parametrize(
+    ("workers", "reserved"),
+    [
+        (Workers(), {"entrypoint_num_cpus": 1}),
+        (Workers(1, 4, 2), {"entrypoint_num_cpus": 4, "entrypoint_num_gpus": 2}),
+        (Workers(2, 4, 1), {"entrypoint_num_cpus": 0}),
+    ],
+)
+async def test_the_submission_reserves_what_its_own_process_needs(workers: Workers, reserved: dict[str, float]) -> None:
+    async with recording() as (cluster, bodies):
+        await cluster.submit("job-1", SPEC, workers=workers, metadata={})
+    (body,) = bodies
+    assert {name: value for name, value in body.items() if name.startswith("entrypoint_num")} == reserved

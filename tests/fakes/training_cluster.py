@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mini_studio.drivers.ports import RunReport, RunState, Workers
-from mini_studio.errors import Refused, Unavailable
+from mini_studio.errors import Denied, Refused, Unavailable
 
 OVER = (RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED)
 
@@ -32,6 +32,8 @@ class FakeTrainingCluster:
         self.starts_as = starts_as
         self.away = False
         """While true every call fails as if nobody listened."""
+        self.denies: str | None = None
+        """While set every call fails as if the token were wrong, with this message."""
         self.loses_answers = False
         """While true a submit happens, and its answer is lost: the outcome is unknown to the caller."""
         self.refuses: str | None = None
@@ -106,5 +108,7 @@ class FakeTrainingCluster:
         return {"available": True, "reason": None, "resources": resources, "nodes": 1}
 
     def _answer(self) -> None:
+        if self.denies is not None:
+            raise Denied(self.denies)
         if self.away:
             raise Unavailable("the cluster is away")

@@ -278,6 +278,7 @@ def left_over(client: Client) -> None:
     client.world.start()
     name = client.deploy()["deployment"]
     file = applied_as(name, client)
+    client.until(file.exists)  # a deploy on a busy machine is answered before it is applied
     applied = file.read_bytes()
     client.remove("remove", name)
     client.until(lambda: [deployment["status"] for deployment in client.mine("deployments")] == ["removed"])

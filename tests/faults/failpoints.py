@@ -35,11 +35,13 @@ INSTRUMENTED = (
 )
 """Handlers, relay, consumers and reconcilers, and what they do their I/O through."""
 LEFT_OUT = {
+    "mini_studio.bus.connection": "asks brokers why they let a client not in, and changes nothing",
     "mini_studio.bus.kafka": "the Kafka client: what it is asked for is awaited by the relay and by delivery, which have points",
     "mini_studio.bus.liveness": "a meter, which changes nothing",
     "mini_studio.bus.reading": "reads whole topics into memory and changes nothing",
     "mini_studio.bus.replay": "runs while the broker is prepared, before there are handlers",
     "mini_studio.bus.routes": "the gateways' feed, which reads the log into memory and changes nothing",
+    "mini_studio.records.mongo": "a store: each of its writes is of one document; test_journal_writers kills those of its journal",
     "mini_studio.records.shadow": "replay, which tests/replay kills at each of its bulk writes",
     "mini_studio.records.sqlite": "the store: awaited by the repositories, which have points; its write is one SQLite transaction",
 }

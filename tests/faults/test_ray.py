@@ -32,7 +32,7 @@ from tests.consumers.cases import envelope, eventually
 from tests.fakes.ray_head import RayHead, command_line, running_head, stub_trainer
 from tests.fakes.running import ROWS
 from tests.faults.length import length
-from workloads.specs import MANIFEST, PROGRESS, WEIGHTS, Manifest, Progress
+from workloads.specs import CHECKPOINTS, MANIFEST, PROGRESS, WEIGHTS, Manifest, Progress
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 
@@ -56,7 +56,9 @@ async def studio(tmp_path: Path, head: RayHead) -> AsyncIterator[Studio]:
     """With the base model installed, and its watcher running."""
     settings = Settings(
         data=tmp_path,
-        training=Training(ray_address=head.address, lost_after_s=LOST_AFTER_S, poll_s=0.2, threads=1),
+        training=Training(
+            ray_address=head.address, lost_after_s=LOST_AFTER_S, poll_s=0.2, threads=1, checkpoint_every_s=0.2
+        ),
     )
     list(ModelCatalogue(settings.models).add("tiny-llama"))
     async with open_studio(settings) as studio:
@@ -111,11 +113,13 @@ async def run_of(studio: Studio, id: str) -> TrainingRun:
 
 
 async def in_training(studio: Studio, id: str) -> TrainingRun:
-    """The run, once its trainer has made its first steps: mostly its first attempt, a slow Ray may have cost it one before."""
+    """The run, once its trainer has made its first steps and kept a checkpoint: mostly its first attempt, a slow Ray may have
+    cost it one before."""
 
     async def stepped() -> TrainingRun | None:
         run = await run_of(studio, id)
-        return run if any(steps(event) == run.attempt for event in decided(run)) else None
+        kept = (attempts.folder(run, studio.settings) / CHECKPOINTS).glob("*.json")
+        return run if any(steps(event) == run.attempt for event in decided(run)) and any(kept) else None
 
     found: TrainingRun = await eventually(stepped, RAY_S)
     assert found.phase is RunPhase.RUNNING
@@ -163,6 +167,9 @@ def succeeded_at_the_next_attempt(run: TrainingRun, first: TrainingRun, studio: 
     assert len(lost) == 1
     assert {event.attempt for event in events[lost[0] + 1 :]} == {following}
     assert all(event.step != 999 for event in events if isinstance(event, FineTuneProgressed))
+    said, _ = attempts.read_progress(attempts.folder(run, studio.settings), 0)
+    assert any("resumed from step" in (line.message or "") for line in said), "it starts where the one before was"
+    assert not list(attempts.job_folder(run, studio.settings).glob(f"attempts/*/{CHECKPOINTS}"))
 
 
 async def test_fifty_submits_of_one_job_are_one_run(head: RayHead, tmp_path: Path) -> None:

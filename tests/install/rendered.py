@@ -28,7 +28,7 @@ def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
 
 
 def environment(template: Object, objects: list[Object]) -> dict[str, str]:
-    """Of the pod's only container; a secret's value is `secret <name>/<key>`, and a URL where one belongs."""
+    """Of the pod's only container. A secret is `secret <name>/<key>`, MongoDB's a URL; an authority's file is one that exists here."""
     (container,) = template["spec"]["containers"]
     known: dict[str, str] = {}
     for source in container.get("envFrom", ()):
@@ -36,6 +36,7 @@ def environment(template: Object, objects: list[Object]) -> dict[str, str]:
     for variable in container.get("env", ()):
         secret = variable.get("valueFrom", {}).get("secretKeyRef")
         known[variable["name"]] = f"secret {secret['name']}/{secret['key']}" if secret else variable["value"]
+    known |= {name: __file__ for name in known if name.endswith("__CA_FILE")}
     if "MINI_STUDIO_RECORDS__MONGO_URL" in known:
         known["MINI_STUDIO_RECORDS__MONGO_URL"] = "mongodb://mongo.mongo.svc"
     return known

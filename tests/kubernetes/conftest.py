@@ -18,7 +18,7 @@ from tests.fakes.broker import free_port
 from tests.fakes.real_kubernetes import RealKubernetes
 from tests.fakes.running import Running
 from tests.kubernetes.reconciling import Reconciled, reconciling
-from tests.kubernetes.world import World, api_proxy, node, prepare, prometheus, settings
+from tests.kubernetes.world import World, api_proxy, gateway, node, prepare, prometheus, settings
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +50,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def world(scaled_cluster: RealKubernetes, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder, port = tmp_path_factory.mktemp("world"), free_port()
+    folder, port, beside = tmp_path_factory.mktemp("world"), free_port(), free_port()
     with ExitStack() as stack:
         proxy = stack.enter_context(api_proxy(scaled_cluster, folder))
         pods = stack.enter_context(node(scaled_cluster, proxy, folder))
-        scraper = stack.enter_context(prometheus(f"127.0.0.1:{port}", folder))
+        scraper = stack.enter_context(prometheus([f"127.0.0.1:{port}", f"127.0.0.1:{beside}"], folder))
         prepare(scaled_cluster)
         studio = Running(folder / "studio", port, settings(scaled_cluster, proxy, scraper, models))
         studio.start()
         stack.callback(studio.stop)
-        yield World(scaled_cluster, studio, models, pods)
+        yield World(scaled_cluster, studio, models, pods, stack.enter_context(gateway(studio, beside, folder)))
 
 
 @pytest.fixture

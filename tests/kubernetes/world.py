@@ -38,6 +38,8 @@ class World:
     models: Path
     pods: Path
     """Folder of the pods' folders, with their logs."""
+    gateway: str
+    """Address of a gateway beside the API."""
 
     def objects(self, name: str) -> list[str]:
         """All that the cluster has of a deployment."""
@@ -70,10 +72,18 @@ class World:
 
 
 @contextlib.contextmanager
-def program(command: list[str], log: Path, answers: Callable[[], object]) -> Iterator[None]:
+def program(
+    command: list[str], log: Path, answers: Callable[[], object], environment: dict[str, str] | None = None
+) -> Iterator[None]:
     """A process beside the test, from when it answers until the end."""
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
     try:
         deadline = time.monotonic() + START_S
         while not _said(answers):
@@ -123,11 +133,20 @@ def node(cluster: RealKubernetes, proxy: str, folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def prometheus(target: str, folder: Path) -> Iterator[str]:
-    """A Prometheus that scrapes the gateway at `target` each second."""
+def gateway(studio: Running, port: int, folder: Path) -> Iterator[str]:
+    """A gateway that is nothing else, on the studio's log."""
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mini_studio.cli", "gateway", "--data", str(studio.data)]
+    with program(command, folder / "gateway.log", lambda: get(f"{url}/health"), {"MINI_STUDIO_API__PORT": str(port)}):
+        yield url
+
+
+@contextlib.contextmanager
+def prometheus(targets: list[str], folder: Path) -> Iterator[str]:
+    """A Prometheus that scrapes the gateways each second."""
     binary = shutil.which("prometheus")
     assert binary, "needs Prometheus: apt-get install prometheus"
-    scrape = {"job_name": "gateway", "static_configs": [{"targets": [target]}]}
+    scrape = {"job_name": "gateway", "static_configs": [{"targets": targets}]}
     config = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": [scrape]}
     (folder / "prometheus.json").write_text(json.dumps(config))  # which is YAML too
     url = f"http://127.0.0.1:{free_port()}"

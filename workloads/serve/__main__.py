@@ -15,8 +15,6 @@ from workloads import cores
 from workloads.serve.app import Server
 from workloads.specs import ServerStatus
 
-GRACE_S = 10
-
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -30,6 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one; the status file says which")
     parser.add_argument("--status-file", type=Path, help="where to write the server's state")
+    parser.add_argument("--finish-s", type=int, default=10, help="how long answers may go on after SIGTERM, in seconds")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the computation")
     return parser.parse_args()
 
@@ -86,7 +85,9 @@ async def serve(options: argparse.Namespace) -> int:
     status = Status(options.status_file)
     status.write(ServerStatus(state="starting", pid=os.getpid(), port=port))
     front = Server(options.served_model_name)
-    config = uvicorn.Config(front.app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+    config = uvicorn.Config(
+        front.app, log_level="warning", access_log=False, timeout_graceful_shutdown=options.finish_s
+    )
     http = uvicorn.Server(config)
     failure: list[BaseException] = []
 

@@ -56,13 +56,21 @@ def fit(
     for epoch in range(first // per_epoch, n_epochs):
         for batch in epoch_order(rows, batch_size, seed, epoch)[step % per_epoch :]:
             # dropout is drawn anew for every step, so that it is the same after a resumption
-            torch.manual_seed(random.Random(f"{seed}/{step}/{team.rank}").getrandbits(63))
+            _draw_from(random.Random(f"{seed}/{step}/{team.rank}").getrandbits(63), learner.device)
             rate = optimizer.rate
             loss = gradients(learner, [rows[index] for index in batch], team)
             optimizer.step()
             step += 1
             elapsed_s = time.monotonic() - started
             after_step(Step(step, total_steps, step / per_epoch, loss, rate, elapsed_s, first))
+
+
+def _draw_from(seed: int, device: torch.device) -> None:
+    """Seed what dropout draws from. `torch.manual_seed` seeds all there is, and takes 0.1 ms for it."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def gradients(learner: Learner, rows: Sequence[Row], team: Team = ALONE) -> float:

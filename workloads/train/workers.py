@@ -23,6 +23,8 @@ from workloads.train.team import LOST, Team
 
 _POLL_S = "1"
 """How soon Ray Train sees that a worker has ended, or is lost; its default is 2 s."""
+_START_S = "300"
+"""How long workers may take to start before Ray Train tries anew: its minute is too short for a busy machine to load torch."""
 _HANDED_DOWN = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_TELEMETRY")
 _UNSPECIFIC = ("internal", "lost_worker")
 
@@ -32,6 +34,7 @@ def train_together(attempt: Attempt, checkpoint: Checkpoint | None) -> None:
     spec = attempt.spec
     attempt.preparing(f"starting {spec.workers} workers")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_S)
     stop = signal.getsignal(signal.SIGTERM)
     ray.init()
     signal.signal(signal.SIGTERM, stop)  # Ray has set its own, which says nothing

@@ -16,6 +16,8 @@ CACHE = "/cache"
 """Where a pod may write: models that its server fetches or builds itself."""
 MIDDLEWARE = "predict.Predict"
 """In the file of `predict_source`, which has to be on the pod's PYTHONPATH."""
+FINISH_S = 320
+"""How long answers may go on after the server was told to end, so that none is lost when pods are replaced; the pod's grace is longer."""
 _PORT = 8000
 _FOLDER = re.compile(r"(/[A-Za-z0-9_.@+-]+)+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -29,7 +31,7 @@ def predict_source() -> str:
     return files("workloads").joinpath("predict", "predict.py").read_text()
 
 
-def vllm_arguments(spec: ReleaseSpec, settings: Kubernetes, weights: str | None) -> list[str]:
+def vllm_arguments(spec: ReleaseSpec, weights: str | None) -> list[str]:
     """For `vllm serve`, which wants the model first. Raises `Refused`.
 
     `weights` None: a hub model, which vLLM fetches. Fine-tuned weights are whole models, adapters merged. Prompts and answers are
@@ -43,6 +45,7 @@ def vllm_arguments(spec: ReleaseSpec, settings: Kubernetes, weights: str | None)
         f"--port={_PORT}",
         *several,
         f"--middleware={MIDDLEWARE}",
+        f"--shutdown-timeout={FINISH_S}",
         "--no-enable-log-requests",
         "--disable-access-log-for-endpoints=/health,/metrics",
         "--disable-fastapi-docs",
@@ -65,6 +68,7 @@ def studio_arguments(spec: ReleaseSpec, settings: Kubernetes, weights: str | Non
         *source,
         "--host=0.0.0.0",
         f"--port={_PORT}",
+        f"--finish-s={FINISH_S}",
         f"--threads={threads(settings.cpu)}",
     ]
 
@@ -86,7 +90,8 @@ def _folder(path: str) -> str:
 
 
 def _model(name: str) -> str:
-    if not _MODEL.fullmatch(name):
+    # vLLM reads "None" as no name at all
+    if not _MODEL.fullmatch(name) or name == "None":
         raise Refused(f"{name[:200]!r} cannot name a model.")
     return name
 

@@ -51,7 +51,7 @@ class KubernetesDriver:
         self._catalogue = ModelCatalogue(self._models_root)
         self._settings = settings.kubernetes
         self._patience_s = settings.ready_timeout_s
-        self._mirrors = {kind: Mirror(self.api, kind, SELECTOR, changed) for kind in (*KINDS, POD)}
+        self.mirrors = {kind: Mirror(self.api, kind, SELECTOR, changed) for kind in (*KINDS, POD)}
         self._watching: list[asyncio.Task[None]] = []
         self._planned: dict[str, tuple[ReleaseSpec, Sequence[tuple[Kind, Object]]]] = {}
         """The objects that were last wanted of each release, by name."""
@@ -68,10 +68,10 @@ class KubernetesDriver:
     async def apply(self, spec: ReleaseSpec) -> None:
         await self._synced()
         self._check_name(spec.name)
-        held = self._mirrors[DEPLOYMENT].get(spec.name)
+        held = self.mirrors[DEPLOYMENT].get(spec.name)
         if held is not None:
             self._compare(held, spec)
-        wanted = await self._wanted(spec)
+        wanted = await self.wanted(spec)
         differing = [part for part in wanted if not self._as_wanted(*part)]
         if held is None:
             # What the cluster refuses of it, it refuses before anything is there.
@@ -83,7 +83,7 @@ class KubernetesDriver:
 
     async def observe(self, name: str) -> ReleaseReport | None:
         await self._synced()
-        deployment = self._mirrors[DEPLOYMENT].get(name)
+        deployment = self.mirrors[DEPLOYMENT].get(name)
         if deployment is None or not _is_release(deployment):
             return None
         of = (_id(deployment), _generation(deployment))
@@ -96,11 +96,12 @@ class KubernetesDriver:
         """Raises `Unavailable` until the last object, and the last pod, is gone."""
         await self._synced()
         self._check_name(name)
-        ending = [await self._removed(kind, name, deployment_id, generation) for kind in reversed(KINDS)]
+        ending = [k.name for k in reversed(KINDS) if await self._removed(k, name, deployment_id, generation)]
         successor = await self.api.get(DEPLOYMENT, name)
         pods = [pod for pod in self._pods(name) if _id(pod) == deployment_id] if successor is None else []
-        if any(ending) or pods:
-            raise Unavailable(f"{name} is being removed: {len(pods)} of its pods are still ending.")
+        if ending or pods:
+            left = ", ".join(ending + [f"{len(pods)} pods"] * bool(pods))
+            raise Unavailable(f"{name} is being removed; still ending: {left}.")
         self._completed.pop(name, None)
         self._planned.pop(name, None)
 
@@ -108,7 +109,7 @@ class KubernetesDriver:
         """Releases, and what is left of any whose Deployment is gone."""
         await self._synced()
         names = {
-            found["metadata"]["name"] for kind in KINDS for found in self._mirrors[kind].all() if _is_release(found)
+            found["metadata"]["name"] for kind in KINDS for found in self.mirrors[kind].all() if _is_release(found)
         }
         for name in sorted(names):
             seen = await self.observe(name)
@@ -117,21 +118,21 @@ class KubernetesDriver:
     async def _synced(self) -> None:
         """Start to mirror the cluster, and wait until it was read once. Raises what keeps it from being read."""
         if not self._watching:
-            self._watching = [asyncio.create_task(mirror.run()) for mirror in self._mirrors.values()]
-        waiting = [mirror.synced.wait() for mirror in self._mirrors.values() if not mirror.synced.is_set()]
+            self._watching = [asyncio.create_task(mirror.run()) for mirror in self.mirrors.values()]
+        waiting = [mirror.synced.wait() for mirror in self.mirrors.values() if not mirror.synced.is_set()]
         if not waiting:
             return
         try:
             await asyncio.wait_for(asyncio.gather(*waiting), SYNC_S)
         except TimeoutError:
-            problems = [mirror.problem.message for mirror in self._mirrors.values() if mirror.problem]
+            problems = [mirror.problem.message for mirror in self.mirrors.values() if mirror.problem]
             raise Unavailable(problems[0] if problems else "the cluster is still being read") from None
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
             raise Refused(f"{name[:80]!r} cannot name a deployment.")
 
-    async def _wanted(self, spec: ReleaseSpec) -> Sequence[tuple[Kind, Object]]:
+    async def wanted(self, spec: ReleaseSpec) -> Sequence[tuple[Kind, Object]]:
         """Made once for a spec: what a link points at later changes nothing until a new generation."""
         planned = self._planned.get(spec.name)
         if planned is None or planned[0] != spec:
@@ -149,10 +150,10 @@ class KubernetesDriver:
         return Content(str(root), str(folder) if folder is not None and folder.is_relative_to(root) else None)
 
     def _pods(self, name: str) -> Sequence[Object]:
-        return [pod for pod in self._mirrors[POD].all() if pod["metadata"]["labels"].get(RELEASE) == name]
+        return [pod for pod in self.mirrors[POD].all() if pod["metadata"]["labels"].get(RELEASE) == name]
 
     def _as_wanted(self, kind: Kind, manifest: Object) -> bool:
-        live = self._mirrors[kind].get(manifest["metadata"]["name"])
+        live = self.mirrors[kind].get(manifest["metadata"]["name"])
         return live is not None and "deletionTimestamp" not in live["metadata"] and covers(live, manifest)
 
     async def _apply(self, kind: Kind, manifest: Object, spec: ReleaseSpec, *, dry_run: bool = False) -> None:
@@ -175,7 +176,7 @@ class KubernetesDriver:
                     raise Unavailable(f"{kind.name} {spec.name} keeps being changed: {error.message}") from error
                 continue
             if not dry_run:
-                self._mirrors[kind].put(applied)
+                self.mirrors[kind].put(applied)
             return
 
     def _compare(self, live: Object, spec: ReleaseSpec) -> None:
@@ -204,8 +205,8 @@ class KubernetesDriver:
 
     def _remains(self, name: str) -> ReleaseReport:
         """What is left of a release without a Deployment."""
-        found = next(part for kind in KINDS for part in self._mirrors[kind].all() if part["metadata"]["name"] == name)
-        kinds = [kind.name for kind in KINDS if self._mirrors[kind].get(name)]
+        found = next(part for kind in KINDS for part in self.mirrors[kind].all() if part["metadata"]["name"] == name)
+        kinds = [kind.name for kind in KINDS if self.mirrors[kind].get(name)]
         message = f"Only its {', '.join(kinds)} are left."
         return ReleaseReport(name, _id(found), _generation(found), ReleaseState.FAILED, message=message)
 

@@ -24,8 +24,8 @@ from mini_studio.settings import Kubernetes
 
 KINDS = (CONFIG_MAP, SERVICE, NETWORK_POLICY, DISRUPTION_BUDGET, DEPLOYMENT, SCALED_OBJECT)
 """In the order in which they are applied: the Deployment when all that its pods need is there, what scales it last."""
-MANAGED_BY = {"app.kubernetes.io/managed-by": "mini-studio"}
-SELECTOR = "app.kubernetes.io/managed-by=mini-studio,app.kubernetes.io/component=model-server"
+LABELS = {"app.kubernetes.io/managed-by": "mini-studio", "app.kubernetes.io/component": "model-server"}
+SELECTOR = ",".join(f"{name}={value}" for name, value in LABELS.items())
 RELEASE = "mini-studio.io/release"
 """Label: the release's name. The pods of a release are found by it."""
 DEPLOYMENT_ID, GENERATION = "mini-studio.io/deployment-id", "mini-studio.io/generation"
@@ -73,7 +73,7 @@ def _object(kind: Kind, spec: ReleaseSpec, part: Object) -> Object:
 
 
 def labels(spec: ReleaseSpec) -> dict[str, str]:
-    return {**MANAGED_BY, "app.kubernetes.io/component": "model-server", RELEASE: spec.name}
+    return {**LABELS, RELEASE: spec.name}
 
 
 def annotations(spec: ReleaseSpec) -> dict[str, str]:
@@ -189,7 +189,9 @@ def _pod(spec: ReleaseSpec, content: Content, settings: Kubernetes, patience_s: 
 def _container(spec: ReleaseSpec, content: Content, settings: Kubernetes, patience_s: float) -> Object:
     vllm = settings.runtime == "vllm"
     if vllm:
-        started = {"image": settings.vllm_image, "args": vllm_arguments(spec, settings, content.weights)}
+        # `serve` takes the model as its first argument; another entrypoint that an image might have does not
+        arguments = vllm_arguments(spec, content.weights)
+        started = {"image": settings.vllm_image, "command": ["vllm", "serve"], "args": arguments}
     else:
         arguments = studio_arguments(spec, settings, content.weights, content.models_root)
         started = {"image": settings.server_image, "args": arguments}

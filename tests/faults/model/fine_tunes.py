@@ -63,7 +63,7 @@ async def turn(id: str, of: Any) -> None:
     """One watcher's turn on the run as it finds it."""
     run = await of.runs.get("*", id)
     if run is not None and run.phase == "queued":
-        await watcher.start(run, of)
+        await watcher.start(run, of, 0)
     elif run is not None and not run.phase.over:
         await watcher.follow(run, of)
 

@@ -147,6 +147,19 @@ def test_a_client_that_hangs_up_frees_its_place(url: str) -> None:
         time.sleep(0.05)
 
 
+def test_an_answer_goes_on_to_its_end_after_sigterm(tmp_path: Path) -> None:
+    base = str(ensure("tiny-llama", tmp_path / "models"))
+    process = start(tmp_path / "status", "--weights", base, "--finish-s", "60")
+    url = f"http://127.0.0.1:{wait_for(tmp_path / 'status', process).port}"
+    body = {"prompt": "a", "temperature": 0, "max_tokens": 500, "stream": True}
+    with httpx.stream("POST", url + "/predict", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert process.wait(60) == 0
+
+
 BAD: list[tuple[Any, int, str]] = [
     (b"{", 400, "not JSON"),
     (b"[]", 400, "object"),

@@ -93,7 +93,7 @@ def make_attempt(tmp_path: Path, models_root: Path, pairs_file: Path) -> Callabl
         attempt = Attempt(spec)
         attempt.folder.mkdir(parents=True, exist_ok=True)
         (attempt.folder / "spec.json").write_text(spec.model_dump_json())
-        (job_dir / CURRENT_ATTEMPT).write_text("token-1\n")
+        (spec.job_dir / CURRENT_ATTEMPT).write_text("token-1\n")
         return attempt
 
     return make
