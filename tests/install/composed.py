@@ -26,8 +26,9 @@ from tests.fakes.running import Running
 from tests.install.compose_file import Service
 from tests.install.test_dockerfile import ROOTS, environment
 
-SERVERS = "127.0.0.44"
-"""Where the model servers are, and nothing else is: to a gateway, another machine."""
+SERVERS, SERVERS_ADDRESS = "127.44", "127.0.0.44"
+"""Where the model servers are, and nothing else is. The short form of the address resolves as a name does, and is none of this
+machine to the checks of production, as the name in compose.yaml is not."""
 MEANT_FOR_CONTAINERS = ("ADVERTISED", "LISTENER", "NODE_ID", "PROCESS_ROLES", "QUORUM", "LOG_DIRS", "HEAP")
 GRACE_S = 30
 """As `stop_grace_period`."""
