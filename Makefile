@@ -5,9 +5,10 @@ PYTHON ?= python3
 REAL ?= ../shared/real
 LENGTH ?= short
 MINUTES ?= 10
-TESTS ?= tests
+TESTS ?=
 
 BIN := .venv/bin
+REALLY = MINI_STUDIO_TEST_REAL=$(wildcard $(REAL)) MINI_STUDIO_TEST_LENGTH=$(LENGTH) $(BIN)/python -m pytest -m real --durations 15
 STAMP := .venv/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -60,11 +61,11 @@ real: ## get the real services that test-real starts, by the scripts in REAL (10
 	for service in kafka mongo s3 helm kubernetes; do "$(REAL)/$$service" install; done
 	"$(REAL)/kubernetes" install-keda
 
-test-real: $(STAMP) ## fault programs and tests on real services, which the scripts in REAL start; LENGTH=full for the long forms, TESTS=tests/faults/test_ray.py for some
+test-real: $(STAMP) ## tests on real services, which the scripts in REAL start, two files at a time, then the fault programs; LENGTH=full for the long forms, TESTS=tests/faults/test_ray.py for some
 	@test -n "$$MINI_STUDIO_TEST_KAFKA" -o -x "$(REAL)/kafka" || { \
 	  echo "There is no $(REAL)/kafka to start an Apache Kafka with: name a folder that has one, make test-real REAL=DIR," \
 	    "or running services, MINI_STUDIO_TEST_KAFKA=host:port and so on (what kills and pauses one is then skipped)." >&2; exit 2; }
-	MINI_STUDIO_TEST_REAL=$(wildcard $(REAL)) MINI_STUDIO_TEST_LENGTH=$(LENGTH) $(BIN)/python -m pytest -m real --durations 15 $(TESTS)
+	$(if $(TESTS),$(REALLY) $(TESTS),$(REALLY) -n 2 --dist loadfile --ignore tests/faults && $(REALLY) tests/faults)
 
 soak: $(STAMP) ## kill everything at random under load for MINUTES, then check that nothing was lost or done twice
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
