@@ -88,5 +88,7 @@ def own_kafka(folder: Path) -> Iterator[RealKafka]:
     if found is None:
         pytest.skip(HOW_TO_STOP_IT)
     kafka = RealKafka.start(found, folder)
-    yield kafka
-    kafka.stop()
+    try:
+        yield kafka
+    finally:
+        kafka.stop()

@@ -79,8 +79,10 @@ def own_mongo(folder: Path) -> Iterator[RealMongo]:
     if found is None:
         pytest.skip(HOW_TO_STOP_IT)
     mongo = RealMongo.start(found, folder)
-    yield mongo
-    mongo.stop()  # which resumes a paused one
+    try:
+        yield mongo
+    finally:
+        mongo.stop()  # which resumes a paused one
 
 
 @contextlib.contextmanager

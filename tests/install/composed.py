@@ -20,6 +20,7 @@ import psutil
 
 from tests.fakes import real_kafka
 from tests.fakes.broker import lasting_port
+from tests.fakes.local_servers import end_all
 from tests.fakes.ray_head import running_head
 from tests.fakes.real_mongo import own_mongo
 from tests.fakes.running import Running
@@ -109,8 +110,10 @@ class Composed:
         return codes
 
     def end(self) -> None:
+        """Also of the model servers, which outlive the process that has started them, though no container."""
         for name in list(self.processes):
             self.kill(name)
+        end_all(self.folder / "data" / "serving")
 
 
 @contextlib.contextmanager
@@ -148,8 +151,10 @@ def _kafka(service: Service, data: Path) -> Iterator[str]:
     ]
     assert "auto.create.topics.enable=false" in options
     kafka = real_kafka.RealKafka.start(script, data, *options)
-    yield kafka.bootstrap
-    kafka.stop()
+    try:
+        yield kafka.bootstrap
+    finally:
+        kafka.stop()
 
 
 @contextlib.contextmanager
