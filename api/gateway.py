@@ -64,9 +64,9 @@ def surround(app: FastAPI, settings: Settings) -> None:
 async def proxying(app: FastAPI, settings: Settings) -> AsyncIterator[None]:
     """What the proxy needs, in the application's state: the routes, kept up to date, and a client for the models."""
     timeout = httpx.Timeout(settings.api.upstream_read_s, connect=settings.api.upstream_connect_s, pool=5.0)
-    limits = httpx.Limits(
-        max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=KEEP_IDLE_S
-    )
+    # Behind a Service of Kubernetes a connection that is kept would stay with its pod, and a new replica would have no request.
+    kept = 0 if settings.serving.driver == "kubernetes" else MAX_CONNECTIONS
+    limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=kept, keepalive_expiry=KEEP_IDLE_S)
     # Only connecting is tried twice: a busy process may itself have let the time for it pass.
     transport = httpx.AsyncHTTPTransport(limits=limits, retries=1, trust_env=False)
     # One client serves every tenant: a cookie it kept would go to the next one's model.

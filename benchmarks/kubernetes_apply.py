@@ -76,7 +76,7 @@ async def lag(reconciled: Reconciled) -> list[float]:
 async def main(kubeconfig: Path, deployments: int) -> None:
     cluster, process = RealKubernetes(kubeconfig), psutil.Process()
     with cluster.namespace() as namespace, tempfile.TemporaryDirectory() as data:
-        kubernetes = Kubernetes(namespace=namespace, kubeconfig=kubeconfig, runtime="studio")
+        kubernetes = Kubernetes(namespace=namespace, kubeconfig=kubeconfig, runtime="studio", cpu="10m", memory="64Mi")
         async with reconciling(cluster, Path(data), kubernetes) as reconciled:
             await ours(reconciled, 1)
             before = process.memory_info().rss

@@ -7,9 +7,9 @@ read it, below the environment and above the defaults.
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, FilePath, SecretStr, model_validator
+from pydantic import BaseModel, Field, FilePath, SecretStr, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -177,6 +177,10 @@ class Training(BaseModel):
     )
 
 
+Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+"""An amount as Kubernetes writes it: `500m`, `2`, `8Gi`."""
+
+
 class Kubernetes(BaseModel):
     """What the Kubernetes driver needs; used with `serving.driver` `kubernetes`."""
 
@@ -201,15 +205,16 @@ class Kubernetes(BaseModel):
         None,
         description="Claim that model servers share as cache of hub models; by default each has its own, for its life.",
     )
-    cache_size: str = Field("50Gi", description="Most that a model server's own cache may hold.")
-    cpu: str = Field("2", description="CPU that one replica asks for.")
-    memory: str = Field("8Gi", description="Memory that one replica asks for, and its limit.")
+    cache_size: Quantity = Field("50Gi", description="Most that a model server's own cache may hold.")
+    cpu: Quantity = Field("2", description="CPU that one replica asks for.")
+    memory: Quantity = Field("8Gi", description="Memory that one replica asks for, and its limit.")
     gpu_resource: str = Field("nvidia.com/gpu", description="What a GPU is called in a pod's limits.")
     node_selector: dict[str, str] = Field({}, description="Labels of the nodes that run model servers.")
-    tolerations: list[dict[str, str]] = Field([], description="Taints of those nodes, as pods tolerate them.")
+    tolerations: list[dict[str, str | int]] = Field([], description="Taints of those nodes, as pods tolerate them.")
     gateway_namespace: str = Field("mini-studio", description="Namespace of the gateway's pods.")
     gateway_labels: dict[str, str] = Field(
         {"app.kubernetes.io/name": "mini-studio", "app.kubernetes.io/component": "gateway"},
+        min_length=1,
         description="Labels of the only pods that may reach model servers.",
     )
     hub_egress: list[str] = Field(

@@ -36,7 +36,7 @@ async def watch(studio: Studio) -> None:
 
 async def reconcile(studio: Studio) -> float:
     """One turn over all releases that are not settled; the seconds until the next one."""
-    releases = await studio.releases.where(ANYONE, settled=False)
+    releases = [release async for release in studio.releases.each(ANYONE, settled=False)]
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def one(release: Release) -> None:
@@ -71,32 +71,34 @@ def spec(release: Release) -> ReleaseSpec:
 
 async def keep(release: Release, studio: Studio) -> None:
     """Apply, observe, report. What is away for now is tried again at the next turn."""
-    generation = release.generation
+    generation, new = release.generation, release.status is DeploymentStatus.DEPLOYING
+    refused: str | None = None
     try:
-        if refused := await applied(release, studio):
-            await studio.releases.change(
-                release.client_code, release.id, lambda r: r.fail(generation, refused, refused=True)
-            )
-            return
+        try:
+            await studio.serving.apply(spec(release))
+        except (Refused, Conflict) as error:
+            refused = error.message
+        except Unavailable as error:
+            if new:
+                raise
+            log.warning("serving.waiting", reason=error.message)
         seen = await studio.serving.observe(release.request.name)
     except Unavailable as error:
         log.warning("serving.waiting", reason=error.message)
         return
+    if refused is not None and (new or seen is None):
+        # What serves already is not given up because it cannot be repaired just now; what is gone and cannot be made anew is.
+        why, for_good = refused, new
+        await studio.releases.change(
+            release.client_code, release.id, lambda r: r.fail(generation, why, refused=for_good)
+        )
+        return
+    if refused is not None:
+        log.warning("serving.not_repaired", reason=refused)
     now, patience_s = time.time(), studio.settings.serving.ready_timeout_s
     await studio.releases.change(
         release.client_code, release.id, lambda r: reported(r, generation, seen, now=now, patience_s=patience_s)
     )
-
-
-async def applied(release: Release, studio: Studio) -> str | None:
-    """Apply; why it is refused for good, if it is. What serves already is not given up because it cannot be repaired just now."""
-    try:
-        await studio.serving.apply(spec(release))
-    except (Refused, Conflict) as error:
-        if release.status is DeploymentStatus.DEPLOYING:
-            return error.message
-        log.warning("serving.not_repaired", reason=error.message)
-    return None
 
 
 async def remove(release: Release, studio: Studio) -> None:
@@ -111,16 +113,17 @@ async def remove(release: Release, studio: Studio) -> None:
 async def sweep(studio: Studio) -> float:
     """Remove what was applied after its removal, by a watcher that was slow while another one took over; nobody else would look.
 
-    What no release knows is reported and left alone: it may be another studio's, or this one has lost its records.
+    What no release knows, or only as it was before, is reported and left alone: this studio may have lost its records.
     """
     orphans = []
     async for report in studio.serving.list():
         release = await studio.releases.get(ANYONE, report.deployment_id)
-        if release is None:
+        if release is None or report.generation > release.generation:
             orphans.append(report.name)
         elif release.settled and not release.wanted:
             log.warning("serving.swept", name=report.name, generation=report.generation)
-            await studio.serving.remove(report.name, release.id, release.generation)
+            with apart():
+                await studio.serving.remove(report.name, release.id, release.generation)
     ORPHANS.set(len(orphans))
     if orphans:
         log.warning("serving.orphans", names=orphans[:NAMED], count=len(orphans))

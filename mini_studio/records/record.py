@@ -5,7 +5,7 @@ Two kinds of record:
 - a *projection* (dataset, job, deployment) is `fold(events)`: dropped and replayed, it comes back identical.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +19,7 @@ ANYONE: Literal["*"] = "*"
 """The tenant of callers that are not bound to one: consumers, and requests that name a record by its unguessable id."""
 
 CAS_TRIES = 50
+PAGE = 500
 LAST = "~"
 """Behind every id."""
 
@@ -149,6 +150,19 @@ class Repository(Generic[R]):
         """A tenant's records (reconcilers ask for `ANYONE`'s) whose fields equal `where`, oldest first."""
         found = await self._store.find(self.collection, _owned(tenant, where), limit=limit, newest_first=False)
         return [self._record.load(document) for document in found]
+
+    async def each(self, tenant: str, **where: Any) -> AsyncIterator[R]:
+        """All of them, however many, oldest first."""
+        after = None
+        while True:
+            found = await self._store.find(
+                self.collection, _owned(tenant, where), limit=PAGE, after=after, newest_first=False
+            )
+            for document in found:
+                yield self._record.load(document)
+            if len(found) < PAGE:
+                return
+            after = (found[-1]["created_at"], found[-1]["_id"])
 
     async def _document(self, tenant: str, id: str) -> Document | None:
         document = await self._store.get(self.collection, id)

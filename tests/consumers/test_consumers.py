@@ -8,6 +8,7 @@ from events.topics import dead_letter_topic
 from mini_studio.bus.kafka import Outgoing
 from tests.consumers.cases import World, crash_after, eventually
 from tests.fakes.log import read_all
+from tests.fakes.waiting import until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 
@@ -44,7 +45,7 @@ async def test_a_crash_after_the_effect_does_it_once(world: World) -> None:
     events = await world.case.given(world.studio)
     await world.publish(events)
     await world.settled(events[0].subject)
-    assert crashed, "the crash was not played"
+    await until(lambda: crashed)  # the write can be seen before its caller has heard of it
     await eventually(lambda: has_decided(world, events[0].subject))
     assert await world.decided(events[0].subject) == world.expected()
 

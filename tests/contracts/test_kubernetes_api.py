@@ -92,14 +92,13 @@ async def test_silence_is_an_outage_in_time(server: tuple[Server, KubeApi, Path]
 @pytest.mark.parametrize(
     ("status", "error"), [(400, Refused), (403, Refused), (405, Refused), (409, Conflict), (422, Refused)]
 )
-async def test_a_refusal_is_told_at_once(
-    server: tuple[Server, KubeApi, Path], status: int, error: type[StudioError]
-) -> None:
+async def test_a_refusal_is_told(server: tuple[Server, KubeApi, Path], status: int, error: type[StudioError]) -> None:
     told, api, _ = server
-    told.answers.append(status)
+    told.answers.extend([status] * 10)
     with pytest.raises(error, match=f"because of {status}"):
         await api.apply(SERVICE, MANIFEST, force=True)
-    assert len(told.requests) == 1
+    # a server that was just started has not read the roles yet
+    assert len(told.requests) == (module.TRIES if status == 403 else 1)
 
 
 async def test_what_is_not_there_is_none(server: tuple[Server, KubeApi, Path]) -> None:

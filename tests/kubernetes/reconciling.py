@@ -50,10 +50,11 @@ class Reconciled:
         self.studio.releases_changed.set()
         return id
 
-    async def again(self, id: str) -> None:
-        """Ask for the same with a new generation."""
+    async def again(self, id: str, **scale: int) -> None:
+        """Ask for the same, or for another scale, with a new generation."""
         release = await self.release(id)
-        newer = release.request.model_copy(update={"generation": release.generation + 1})
+        changed = release.request.scale.model_copy(update=scale)
+        newer = release.request.model_copy(update={"generation": release.generation + 1, "scale": changed})
         await self.studio.releases.change(ANYONE, id, lambda r: r.want(self._envelope(newer, newer.generation)))
         self.studio.releases_changed.set()
 

@@ -16,6 +16,7 @@ import yaml
 from events.types import DeploymentStatus
 from mini_studio.settings import Kubernetes
 from tests.fakes.real_kubernetes import RealKubernetes
+from tests.fakes.waiting import until
 from tests.faults.length import length
 from tests.kubernetes.reconciling import Reconciled, reconciling
 
@@ -97,7 +98,7 @@ async def test_a_quota_for_deployments_refuses_with_its_reason_and_leaves_nothin
     release = await reconciled.becomes(id, DeploymentStatus.FAILED)
     assert release.settled
     assert "exceeded quota: test" in (release.message or "")
-    assert reconciled.objects() == set()
+    await until(lambda: reconciled.objects() == set())
     reconciled.kubectl("delete", "resourcequota", "test")
     await reconciled.again(id)
     await reconciled.becomes(id, DeploymentStatus.READY, CONVERGED_S)

@@ -7,6 +7,8 @@ import pytest
 
 from consumers.watchers import serving
 from events.types import DeploymentStatus
+from mini_studio.drivers.kubernetes.driver import KubernetesDriver
+from mini_studio.drivers.ports import ReleaseState
 from mini_studio.records.releases import Release
 from tests.kubernetes.reconciling import Reconciled
 
@@ -180,3 +182,101 @@ async def test_an_orphan_is_reported_and_left_alone(reconciled: Reconciled) -> N
     await serving.sweep(reconciled.studio)
     assert serving.ORPHANS._value.get() == 1
     assert f"Deployment/{name}" in reconciled.objects()
+
+
+async def test_what_an_admission_webhook_insists_on_is_left(reconciled: Reconciled) -> None:
+    reconciled.kubectl("label", "namespace", reconciled.namespace, "test-scheduler=yes")
+    reconciled.cluster.apply(*INSISTING)
+    id = await reconciled.deploy()
+    await reconciled.becomes(id, DeploymentStatus.READY)
+    name = await reconciled.name(id)
+    for _ in range(100):
+        reconciled.kubectl("annotate", "deployment", name, f"test={_}", "--overwrite")
+        template = json.loads(reconciled.kubectl("get", "deployment", name, "-o", "json"))["spec"]["template"]
+        if template["spec"].get("enableServiceLinks"):
+            break
+        await asyncio.sleep(0.2)
+    assert template["spec"]["enableServiceLinks"], "the policy never came into force"
+    await asyncio.sleep(3)
+    calls = reconciled.driver.api.calls
+    await asyncio.sleep(3)
+    assert reconciled.driver.api.calls == calls
+
+
+async def test_another_processs_restart_with_another_image_keeps_it_ready(reconciled: Reconciled) -> None:
+    """The old pods serve on until the new ones do."""
+    id = await reconciled.deploy()
+    await reconciled.becomes(id, DeploymentStatus.READY)
+    reconciled.kubectl("label", "namespace", reconciled.namespace, "test-waiting=ImagePullBackOff")
+    reconciled.cluster.apply(*WAITING)
+    await policy_is_in_force(reconciled)
+    release = await reconciled.release(id)
+    settings = reconciled.studio.settings.serving
+    other = settings.kubernetes.model_copy(update={"server_image": "mini-studio-server:none"})
+    restarted = KubernetesDriver(reconciled.studio.settings.models, settings.model_copy(update={"kubernetes": other}))
+    await restarted.apply(serving.spec(release))
+    for _ in range(20):
+        seen = await restarted.observe(release.request.name)
+        assert seen is not None
+        assert (seen.state, seen.replicas) == (ReleaseState.READY, 1)
+        await asyncio.sleep(0.1)
+    await restarted.aclose()
+
+
+async def test_a_model_that_never_answered_does_not_sleep(reconciled: Reconciled) -> None:
+    reconciled.kubectl("label", "namespace", reconciled.namespace, "test-waiting=ImagePullBackOff")
+    reconciled.cluster.apply(*WAITING)
+    await policy_is_in_force(reconciled)
+    id = await reconciled.deploy()
+    await reconciled.becomes(id, DeploymentStatus.FAILED)
+    reconciled.kubectl("delete", "scaledobject", await reconciled.name(id), "--wait=false")
+    reconciled.kubectl("scale", "deployment", await reconciled.name(id), "--replicas=0")
+    for _ in range(30):
+        assert (await reconciled.release(id)).status is not DeploymentStatus.READY
+        await asyncio.sleep(0.1)
+
+
+async def test_pods_of_an_older_template_say_nothing_of_the_new_one(reconciled: Reconciled) -> None:
+    id = await reconciled.deploy(gpu_count=8)
+    await reconciled.becomes(id, DeploymentStatus.FAILED, 40)
+    await reconciled.again(id, gpu_count=1)
+    await reconciled.until(id, lambda release: release.generation == 2 and release.status is DeploymentStatus.READY)
+    assert await reconciled.events(id) == ["applied", "failed", "applied", "ready"]
+
+
+INSISTING = (
+    {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingAdmissionPolicy",
+        "metadata": {"name": "test-insisting"},
+        "spec": {
+            "matchConstraints": {
+                "namespaceSelector": {"matchExpressions": [{"key": "test-scheduler", "operator": "Exists"}]},
+                "resourceRules": [
+                    {
+                        "apiGroups": ["apps"],
+                        "apiVersions": ["v1"],
+                        "operations": ["CREATE", "UPDATE"],
+                        "resources": ["deployments"],
+                    }
+                ],
+            },
+            "reinvocationPolicy": "Never",
+            "mutations": [
+                {
+                    "patchType": "JSONPatch",
+                    "jsonPatch": {
+                        "expression": '[JSONPatch{op: "replace", path: "/spec/template/spec/enableServiceLinks", value: true}]'
+                    },
+                }
+            ],
+        },
+    },
+    {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingAdmissionPolicyBinding",
+        "metadata": {"name": "test-insisting"},
+        "spec": {"policyName": "test-insisting"},
+    },
+)
+"""Changes what the studio sets, as an admission webhook might."""

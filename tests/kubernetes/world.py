@@ -181,6 +181,7 @@ def settings(cluster: RealKubernetes, proxy: str, prometheus: str, models: Path)
         "MINI_STUDIO_MODELS_ROOT": str(models),
         "MINI_STUDIO_TRAINING__RAY_ADDRESS": "http://127.0.0.1:1",  # nobody trains here
         "MINI_STUDIO_SERVING__DRIVER": "kubernetes",
+        "MINI_STUDIO_SERVING__READY_TIMEOUT_S": "60",  # no model sleeps before it had so long to become ready
         **{f"MINI_STUDIO_SERVING__KUBERNETES__{name}": value for name, value in serving.items()},
     }
 

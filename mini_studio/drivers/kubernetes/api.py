@@ -3,13 +3,14 @@
 Every call ends within the settings' timeout, a few run at once, and what fails raises the studio's errors:
 
 - 404 is None, or nothing to do; 409 is `Conflict`: whoever called looks again;
-- 400, 403, 422 and a kind that the cluster does not have are `Refused`, with the server's message;
+- 400, 403, 422 and a kind that the cluster does not have are `Refused`, with the server's message (a missing right after some tries);
 - 401 (a token that expired), 429, 5xx and a server that is away are `Unavailable`, after some tries with growing pauses.
 """
 
 import asyncio
 import json
 import random
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ WATCH_S = 25
 """A watch ends and is resumed so often, so a connection that has silently died is noticed."""
 TOO_OLD = HTTPStatus.GONE
 TRY_AGAIN = frozenset((HTTPStatus.TOO_MANY_REQUESTS, *range(500, 600)))
+ADMISSION = ("exceeded quota", "admission webhook", "violates PodSecurity", "denied request", "denied the request")
+"""What a 403 says that does not come from a missing right."""
+MALFORMED = ("failed to create typed patch object", "quantities must match")
+"""What a 500 says that is the manifest's fault."""
 FOR_GOOD = frozenset((HTTPStatus.BAD_REQUEST, HTTPStatus.FORBIDDEN, HTTPStatus.UNPROCESSABLE_ENTITY))
 
 
@@ -61,6 +66,10 @@ DISRUPTION_BUDGET = Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudge
 DEPLOYMENT = Kind("apps/v1", "Deployment", "deployments")
 SCALED_OBJECT = Kind("keda.sh/v1alpha1", "ScaledObject", "scaledobjects")
 POD = Kind("v1", "Pod", "pods")
+
+
+class Forbidden(Refused):
+    """No right to do this, perhaps only because an API server that was just started has not read the roles yet."""
 
 
 class TooOld(Exception):
@@ -149,12 +158,12 @@ class KubeApi:
         self, method: str, path: str, query: Mapping[str, str] | None = None, body: Object | None = None
     ) -> tuple[int, Object]:
         """Status and body of an answer that the caller can do something with: success, 404 or 410."""
-        pause_s = PAUSE_S
+        pause_s, begun = PAUSE_S, time.monotonic()
         for left in reversed(range(TRIES)):
             try:
                 return await self._try(method, path, query or {}, body)
-            except Unavailable as error:
-                if not left:
+            except (Unavailable, Forbidden) as error:
+                if not left or time.monotonic() - begun > self._settings.request_timeout_s:
                     raise
                 log.info("kubernetes.trying_again", reason=error.message)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1))
@@ -179,7 +188,9 @@ class KubeApi:
             raise Unavailable(f"Kubernetes does not accept the studio's credentials: {said}")
         if status == HTTPStatus.CONFLICT:
             raise Conflict(f"Kubernetes: {said}")
-        if status in FOR_GOOD or status not in TRY_AGAIN:
+        if status == HTTPStatus.FORBIDDEN and not any(sign in said for sign in ADMISSION):
+            raise Forbidden(f"Kubernetes: {said}")
+        if status in FOR_GOOD or status not in TRY_AGAIN or any(sign in said for sign in MALFORMED):
             raise Refused(f"Kubernetes: {said}")
         raise Unavailable(f"Kubernetes cannot do this now: {said}")
 

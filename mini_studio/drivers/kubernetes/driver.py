@@ -7,6 +7,7 @@ annotations, and applied at the very version that was looked at. What has the na
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mini_studio.drivers.kubernetes.manifests import (
     KINDS,
     RELEASE,
     SELECTOR,
+    WEIGHTS,
     Content,
     covers,
     manifests,
@@ -55,6 +57,8 @@ class KubernetesDriver:
         self._watching: list[asyncio.Task[None]] = []
         self._planned: dict[str, tuple[ReleaseSpec, Sequence[tuple[Kind, Object]]]] = {}
         """The objects that were last wanted of each release, by name."""
+        self._answers: dict[tuple[Kind, str], tuple[Object, Object]] = {}
+        """What was applied and what became of it, where the server's answer was something else."""
         self._completed: dict[str, tuple[str, int]] = {}
         """Deployment id and generation whose rollout was seen completed, by name."""
 
@@ -66,29 +70,34 @@ class KubernetesDriver:
         await self.api.aclose()
 
     async def apply(self, spec: ReleaseSpec) -> None:
-        await self._synced()
+        await self._synced(to_apply=True)
         self._check_name(spec.name)
         held = self.mirrors[DEPLOYMENT].get(spec.name)
         if held is not None:
             self._compare(held, spec)
-        wanted = await self.wanted(spec)
-        differing = [part for part in wanted if not self._as_wanted(*part)]
-        if held is None:
-            # What the cluster refuses of it, it refuses before anything is there.
+            self._note_completion(held)  # before what follows may begin another rollout
+        differing = [part for part in await self.wanted(spec) if not self._as_wanted(*part)]
+        try:
+            if held is None:
+                # What the cluster refuses of it, it refuses before anything is there.
+                for kind, manifest in differing:
+                    await self._apply(kind, manifest, spec, dry_run=True)
             for kind, manifest in differing:
-                await self._apply(kind, manifest, spec, dry_run=True)
-        for kind, manifest in differing:
-            await self._apply(kind, manifest, spec)
-            log.info("kubernetes.applied", kind=kind.name, name=spec.name, generation=spec.generation)
+                await self._apply(kind, manifest, spec)
+                log.info("kubernetes.applied", kind=kind.name, name=spec.name, generation=spec.generation)
+        except Refused:
+            if held is None:
+                with contextlib.suppress(Unavailable):
+                    await self.remove(spec.name, spec.deployment_id, spec.generation)
+            raise
 
     async def observe(self, name: str) -> ReleaseReport | None:
         await self._synced()
         deployment = self.mirrors[DEPLOYMENT].get(name)
         if deployment is None or not _is_release(deployment):
             return None
+        self._note_completion(deployment)
         of = (_id(deployment), _generation(deployment))
-        if complete(deployment):
-            self._completed[name] = of
         endpoint = self._settings.endpoint.format(name=name, namespace=self._settings.namespace)
         return report(deployment, self._pods(name), endpoint, was_complete=self._completed.get(name) == of)
 
@@ -104,6 +113,8 @@ class KubernetesDriver:
             raise Unavailable(f"{name} is being removed; still ending: {left}.")
         self._completed.pop(name, None)
         self._planned.pop(name, None)
+        for kind in KINDS:
+            self._answers.pop((kind, name), None)
 
     async def list(self) -> AsyncIterator[ReleaseReport]:
         """Releases, and what is left of any whose Deployment is gone."""
@@ -115,31 +126,46 @@ class KubernetesDriver:
             seen = await self.observe(name)
             yield seen or self._remains(name)
 
-    async def _synced(self) -> None:
-        """Start to mirror the cluster, and wait until it was read once. Raises what keeps it from being read."""
+    async def _synced(self, *, to_apply: bool = False) -> None:
+        """Start to mirror the cluster, and wait until it was read once.
+
+        A kind that it has not, or that may not be read, holds nothing up; only `to_apply` it is needed.
+        """
         if not self._watching:
             self._watching = [asyncio.create_task(mirror.run()) for mirror in self.mirrors.values()]
-        waiting = [mirror.synced.wait() for mirror in self.mirrors.values() if not mirror.synced.is_set()]
-        if not waiting:
-            return
-        try:
-            await asyncio.wait_for(asyncio.gather(*waiting), SYNC_S)
-        except TimeoutError:
-            problems = [mirror.problem.message for mirror in self.mirrors.values() if mirror.problem]
-            raise Unavailable(problems[0] if problems else "the cluster is still being read") from None
+        deadline = time.monotonic() + SYNC_S
+        while unread := [mirror for mirror in self.mirrors.values() if not mirror.synced.is_set()]:
+            refused = [mirror.problem for mirror in unread if isinstance(mirror.problem, Refused)]
+            if len(refused) == len(unread):
+                if to_apply:
+                    raise refused[0]
+                return
+            if time.monotonic() > deadline:
+                problems = [mirror.problem.message for mirror in unread if mirror.problem]
+                raise Unavailable(problems[0] if problems else "the cluster is still being read")
+            await asyncio.sleep(0.05)
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
             raise Refused(f"{name[:80]!r} cannot name a deployment.")
 
     async def wanted(self, spec: ReleaseSpec) -> Sequence[tuple[Kind, Object]]:
-        """Made once for a spec: what a link points at later changes nothing until a new generation."""
+        """Made once for a spec: what a link points at later changes nothing until a new generation, in any process."""
         planned = self._planned.get(spec.name)
         if planned is None or planned[0] != spec:
-            content = await asyncio.to_thread(self._content, spec)
+            held = self._held_content(spec)
+            content = await asyncio.to_thread(self._content, spec) if held is None else held
             planned = spec, manifests(spec, content, self._settings, patience_s=self._patience_s)
             self._planned[spec.name] = planned
         return planned[1]
+
+    def _held_content(self, spec: ReleaseSpec) -> Content | None:
+        """What this generation serves already, chosen by whoever applied it first."""
+        held = self.mirrors[DEPLOYMENT].get(spec.name)
+        if held is None or (_id(held), _generation(held)) != (spec.deployment_id, spec.generation):
+            return None
+        weights = held["metadata"]["annotations"].get(WEIGHTS)
+        return None if weights is None else Content(str(self._models_root), weights or None)
 
     def _content(self, spec: ReleaseSpec) -> Content:
         """The files that the pods mount: fine-tuned weights, or an installed base model; others their servers fetch. Raises `Refused`."""
@@ -152,9 +178,19 @@ class KubernetesDriver:
     def _pods(self, name: str) -> Sequence[Object]:
         return [pod for pod in self.mirrors[POD].all() if pod["metadata"]["labels"].get(RELEASE) == name]
 
+    def _note_completion(self, deployment: Object) -> None:
+        if complete(deployment):
+            self._completed[deployment["metadata"]["name"]] = (_id(deployment), _generation(deployment))
+
     def _as_wanted(self, kind: Kind, manifest: Object) -> bool:
-        live = self.mirrors[kind].get(manifest["metadata"]["name"])
-        return live is not None and "deletionTimestamp" not in live["metadata"] and covers(live, manifest)
+        """Whether the object is as it was applied, or as the server's answer to that was: an admission webhook may insist on its own."""
+        name = manifest["metadata"]["name"]
+        live, answered = self.mirrors[kind].get(name), self._answers.get((kind, name))
+        if live is None or "deletionTimestamp" in live["metadata"]:
+            return False
+        return covers(live, manifest) or (
+            answered is not None and answered[0] == manifest and covers(live, answered[1])
+        )
 
     async def _apply(self, kind: Kind, manifest: Object, spec: ReleaseSpec, *, dry_run: bool = False) -> None:
         """Look, compare, apply at that version; again when somebody else was faster."""
@@ -176,8 +212,17 @@ class KubernetesDriver:
                     raise Unavailable(f"{kind.name} {spec.name} keeps being changed: {error.message}") from error
                 continue
             if not dry_run:
-                self.mirrors[kind].put(applied)
+                self._take_answer(kind, manifest, applied)
             return
+
+    def _take_answer(self, kind: Kind, manifest: Object, applied: Object) -> None:
+        self.mirrors[kind].put(applied)
+        self._answers.pop((kind, manifest["metadata"]["name"]), None)
+        if not covers(applied, manifest):
+            answer: Object = {part: applied[part] for part in ("data", "spec") if part in applied}
+            answer["metadata"] = {part: applied["metadata"][part] for part in ("labels", "annotations")}
+            self._answers[kind, manifest["metadata"]["name"]] = manifest, answer
+            log.warning("kubernetes.changed_by_others", kind=kind.name, name=manifest["metadata"]["name"])
 
     def _compare(self, live: Object, spec: ReleaseSpec) -> None:
         """Raises `Conflict` when the object is not this release's, or of a newer generation; `Unavailable` while it is ending."""

@@ -4,6 +4,7 @@ Every object has the release's name, the labels that list it, and the full ids i
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,12 @@ RELEASE = "mini-studio.io/release"
 DEPLOYMENT_ID, GENERATION = "mini-studio.io/deployment-id", "mini-studio.io/generation"
 CLIENT_CODE, MODEL = "mini-studio.io/client-code", "mini-studio.io/model"
 PREDICT = "mini-studio.io/predict"
+WEIGHTS = "mini-studio.io/weights"
+"""Annotation: the real folder that a release serves, so that every process, and every restart, means the same one."""
+MANIFEST = "mini-studio.io/manifest"
+"""Annotation: a hash of what was applied. Without it what is not wanted any more would stay."""
+CONTENT = "mini-studio.io/content"
+"""Annotation of pods and of their template: a hash that tells the pods of the present template from older ones."""
 PORT = 8000
 USER = 10001
 """Not root, and nobody's: the models root has to be readable for all, or for this group."""
@@ -61,15 +68,21 @@ def manifests(
         {"spec": _network_policy(spec, content, settings)},
         {"spec": _disruption_budget(spec)},
         {"spec": _deployment(spec, content, settings, patience_s)},
-        {"spec": _scaled_object(spec, settings)},
+        {"spec": _scaled_object(spec, settings, patience_s)},
     ]
     objects = [(kind, _object(kind, spec, part)) for kind, part in zip(KINDS, parts, strict=True)]
+    dict(objects)[DEPLOYMENT]["metadata"]["annotations"][WEIGHTS] = content.weights or ""
     return objects if settings.runtime == "vllm" else objects[1:]  # the studio's own server answers /predict itself
 
 
 def _object(kind: Kind, spec: ReleaseSpec, part: Object) -> Object:
-    metadata = {"name": spec.name, "labels": labels(spec), "annotations": annotations(spec)}
+    about = {**annotations(spec), MANIFEST: _hash(part)}
+    metadata = {"name": spec.name, "labels": labels(spec), "annotations": about}
     return {"apiVersion": kind.api_version, "kind": kind.name, "metadata": metadata, **part}
+
+
+def _hash(part: Object) -> str:
+    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def labels(spec: ReleaseSpec) -> dict[str, str]:
@@ -116,7 +129,7 @@ def _network_policy(spec: ReleaseSpec, content: Content, settings: Kubernetes) -
     }
 
 
-def _scaled_object(spec: ReleaseSpec, settings: Kubernetes) -> Object:
+def _scaled_object(spec: ReleaseSpec, settings: Kubernetes, patience_s: float) -> Object:
     """Replicas follow what the gateways hold and forward. An empty answer counts as 0; without Prometheus there are `fallback` ones."""
     trigger = {
         "type": "prometheus",
@@ -136,7 +149,8 @@ def _scaled_object(spec: ReleaseSpec, settings: Kubernetes) -> Object:
         "maxReplicaCount": most,
         "pollingInterval": settings.scale_poll_s,
         "cooldownPeriod": settings.scale_down_s,
-        "initialCooldownPeriod": settings.scale_down_s,
+        # Not before it can have become ready once: what has never answered must not count as asleep.
+        "initialCooldownPeriod": max(settings.scale_down_s, int(patience_s)),
         "fallback": {"failureThreshold": 3, "replicas": max(1, least)},
         "advanced": {"horizontalPodAutoscalerConfig": {"behavior": {"scaleDown": window}}},
         "triggers": [trigger],
@@ -146,17 +160,16 @@ def _scaled_object(spec: ReleaseSpec, settings: Kubernetes) -> Object:
 def _deployment(spec: ReleaseSpec, content: Content, settings: Kubernetes, patience_s: float) -> Object:
     """Without `replicas`: those are the autoscaler's. New pods come before old ones go."""
     source = hashlib.sha256(predict_source().encode()).hexdigest()[:16]
+    pod = _pod(spec, content, settings, patience_s)
+    about = {DEPLOYMENT_ID: spec.deployment_id, MODEL: spec.model, PREDICT: source, CONTENT: _hash(pod)}
     return {
         "progressDeadlineSeconds": int(patience_s),
         "revisionHistoryLimit": 1,
         "selector": {"matchLabels": {RELEASE: spec.name}},
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
         "template": {
-            "metadata": {
-                "labels": labels(spec),
-                "annotations": {DEPLOYMENT_ID: spec.deployment_id, MODEL: spec.model, PREDICT: source},
-            },
-            "spec": _pod(spec, content, settings, patience_s),
+            "metadata": {"labels": labels(spec), "annotations": about},
+            "spec": pod,
         },
     }
 
@@ -268,14 +281,14 @@ def _mounts(content: Content, settings: Kubernetes) -> list[Object]:
 
 
 def covers(live: Any, wanted: Any) -> bool:
-    """Whether a live object has all that was applied; what others added to it does not matter.
+    """Whether a live object has all that was applied; what others added to it does not matter, nor that the server drops what is empty.
 
     Lists of named parts (containers, ports, volumes ...) are compared by name, other lists as they are.
     """
+    if live is None:
+        return wanted in ({}, [], "", None)
     if isinstance(wanted, dict):
-        return isinstance(live, dict) and all(
-            name in live and covers(live[name], value) for name, value in wanted.items()
-        )
+        return isinstance(live, dict) and all(covers(live.get(name), value) for name, value in wanted.items())
     if isinstance(wanted, list):
         if not isinstance(live, list):
             return False

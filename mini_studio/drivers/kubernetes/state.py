@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mini_studio.drivers.kubernetes.api import Object
-from mini_studio.drivers.kubernetes.manifests import DEPLOYMENT_ID, GENERATION
+from mini_studio.drivers.kubernetes.manifests import CONTENT, DEPLOYMENT_ID, GENERATION
 from mini_studio.drivers.ports import ReleaseReport, ReleaseState
 
 UNSCHEDULABLE_S = 10.0
@@ -35,9 +35,9 @@ HINTS = {
 def report(deployment: Object, pods: Sequence[Object], endpoint: str, *, was_complete: bool) -> ReleaseReport:
     """The release as it stands.
 
-    Ready: its rollout has been completed once (`was_complete` remembers that over a later one of the same generation) and a
-    replica is available, which means that it answers `/health`; or it sleeps, scaled to zero. Failed: its pods cannot be made or cannot
-    run; it is ready again when they do.
+    Ready: its rollout has been completed once (`was_complete` remembers that over a later one of the same generation, and over sleep)
+    and a replica is available, which means that it answers `/health`; or it sleeps, scaled to zero. Failed: its pods cannot be made or
+    cannot run; it is ready again when they do.
     """
     metadata, status = deployment["metadata"], deployment.get("status", {})
     available = int(status.get("availableReplicas", 0))
@@ -64,10 +64,11 @@ def report(deployment: Object, pods: Sequence[Object], endpoint: str, *, was_com
 
 
 def complete(deployment: Object) -> bool:
-    """Whether the present template's rollout has been completed. Later changes of the number of replicas do not undo that."""
+    """Whether the present template's rollout has been completed and it answers. A rollout to no replica says nothing of it."""
     status = deployment.get("status", {})
+    answers = status.get("availableReplicas", 0) > 0
     seen = status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]
-    return seen and _condition(deployment, "Progressing").get("reason") == "NewReplicaSetAvailable"
+    return answers and seen and _condition(deployment, "Progressing").get("reason") == "NewReplicaSetAvailable"
 
 
 def problem(deployment: Object, pods: Sequence[Object]) -> str | None:
@@ -75,10 +76,18 @@ def problem(deployment: Object, pods: Sequence[Object]) -> str | None:
     blocked = _condition(deployment, "ReplicaFailure")
     if blocked.get("status") == "True":
         return f"Its pods cannot be made: {blocked.get('message', blocked.get('reason'))}"
-    for pod in sorted(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp")), reverse=True):
-        if "deletionTimestamp" not in pod["metadata"] and (found := _pod_problem(pod)):
+    content = _content(deployment["spec"]["template"])
+    present = [pod for pod in pods if _content(pod) == content and "deletionTimestamp" not in pod["metadata"]]
+    for pod in sorted(present, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
+        if found := _pod_problem(pod):
             return found
     return None
+
+
+def _content(of: Object) -> str | None:
+    """Which template pods were made from. Those of an older one go on until the new ones answer, and say nothing of these."""
+    found: str | None = of["metadata"].get("annotations", {}).get(CONTENT)
+    return found
 
 
 def _pod_problem(pod: Object) -> str | None:
