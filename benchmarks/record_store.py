@@ -6,8 +6,8 @@ the outbox; a compare-and-set of one; reading one; a page of 100 of a client who
 middle; and the outboxes that wait, which are 10 then. Flat means that the last row is what the first one is.
 """
 
+import argparse
 import asyncio
-import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -117,8 +117,7 @@ def records_at(place: str) -> Records:
     return Records(sqlite=Path(place) / "records.sqlite", busy_timeout_s=60)
 
 
-async def main() -> None:
-    place, most = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 100_000
+async def main(place: str, most: int) -> None:
     store = record_store(Settings(records=records_at(place)))
     await store.prepare()
     filled = Filled(store)
@@ -140,4 +139,8 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.record_store", description=__doc__)
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument("records", metavar="RECORDS", type=int, nargs="?", default=100_000)
+    options = parser.parse_args()
+    asyncio.run(main(options.store, options.records))
