@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.fakes.real_kafka import SCRIPTS
+from tests.fakes.real_services import SCRIPTS
 
 BINARY = "MINI_STUDIO_TEST_HELM"
 HOW = f"needs the Helm client: run `make test-real`, or set {BINARY} to it"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fakes.broker import lasting_port
-from tests.fakes.real_kafka import SCRIPTS
+from tests.fakes.real_services import SCRIPTS, script_of
 
 KUBECONFIG = "MINI_STUDIO_TEST_KUBECONFIG"
 HOW = f"needs a real Kubernetes: run `make test-real`, or set {KUBECONFIG}=FILE"
@@ -27,8 +27,7 @@ PORTS = 6
 
 def script() -> Path | None:
     """The script that starts and stops a control plane, if there is one."""
-    folder = os.environ.get(SCRIPTS)
-    return Path(folder).resolve() / "kubernetes" if folder else None
+    return script_of("kubernetes")
 
 
 @dataclass

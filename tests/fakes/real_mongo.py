@@ -1,24 +1,19 @@
 """A MongoDB, or a server that speaks its wire protocol, for tests: at the address given, or started by the script of a folder given.
 
-`MINI_STUDIO_TEST_MONGO=mongodb://...` names a running one (of `docker compose`, for instance). `MINI_STUDIO_TEST_REAL=DIR`, which
-`make test-real` sets, names a folder with a script `mongo`: `install`, `start DATA PORT`, `start DATA`, `stop DATA`, `kill DATA`,
-`pause DATA`, `resume DATA`. Tests that kill or pause the server need the script.
+`MINI_STUDIO_TEST_MONGO=mongodb://...` names a running one. What kills or pauses it needs the script.
 """
 
 import asyncio
 import contextlib
-import os
-import subprocess
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 
 from tests.fakes.broker import lasting_port
-from tests.fakes.real_kafka import SCRIPTS
+from tests.fakes.real_services import SCRIPTS, Started, script_of
 
 ADDRESS = "MINI_STUDIO_TEST_MONGO"
 HOW = f"needs a MongoDB: run `make test-real`, or set {ADDRESS}=mongodb://..."
@@ -29,47 +24,21 @@ HOW_TO_STOP_IT = (
 
 def script() -> Path | None:
     """The script that starts and stops one, if there is one."""
-    folder = os.environ.get(SCRIPTS)
-    return Path(folder).resolve() / "mongo" if folder else None
+    return script_of("mongo")
 
 
-@dataclass
-class RealMongo:
-    """One server started by the script, with its data in `data`."""
-
-    script: Path
-    data: Path
-    port: int
+class RealMongo(Started):
+    """One server started by the script."""
 
     @classmethod
     def start(cls, script: Path, data: Path) -> "RealMongo":
-        """Raises `CalledProcessError` when it does not come up."""
         mongo = cls(script, data, lasting_port())
-        subprocess.run([str(script), "install"], check=True, stdout=subprocess.DEVNULL)
-        mongo._call("start", str(mongo.port))
+        mongo.start_first()
         return mongo
 
     @property
     def url(self) -> str:
         return f"mongodb://127.0.0.1:{self.port}"
-
-    def start_again(self) -> None:
-        self._call("start")
-
-    def stop(self) -> None:
-        self._call("stop")
-
-    def kill(self) -> None:
-        self._call("kill")
-
-    def pause(self) -> None:
-        self._call("pause")
-
-    def resume(self) -> None:
-        self._call("resume")
-
-    def _call(self, verb: str, *rest: str) -> None:
-        subprocess.run([str(self.script), verb, str(self.data), *rest], check=True, stdout=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from mini_studio.settings import S3
 from tests.fakes.broker import lasting_port, wait_for
-from tests.fakes.real_kafka import SCRIPTS
+from tests.fakes.real_services import SCRIPTS
 
 ADDRESS = "MINI_STUDIO_TEST_S3"
 KEY, SECRET = "studio-test-key", "studio-test-secret"

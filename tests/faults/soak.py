@@ -24,6 +24,7 @@ from tests.fakes import real_kafka
 from tests.fakes.broker import lasting_port
 from tests.fakes.jobs_server import JobsServer
 from tests.fakes.real_kafka import RealKafka
+from tests.fakes.real_services import SCRIPTS
 from tests.fakes.running import Running
 from tests.faults import killing
 from tests.faults.at_rest import moving
@@ -257,7 +258,7 @@ def own_kafka(folder: Path) -> RealKafka:
     """A real Kafka that the soak may kill."""
     script = real_kafka.script()
     if script is None:
-        raise SystemExit(f"set {real_kafka.SCRIPTS} to a folder with the script `kafka`")
+        raise SystemExit(f"set {SCRIPTS} to a folder with the script `kafka`")
     return RealKafka.start(script, folder / "kafka")
 
 

@@ -23,6 +23,7 @@ from tests.fakes.broker import lasting_port
 from tests.fakes.local_servers import end_all
 from tests.fakes.ray_head import running_head
 from tests.fakes.real_mongo import own_mongo
+from tests.fakes.real_services import script_of
 from tests.fakes.running import Running
 from tests.install.compose_file import Service
 from tests.install.test_dockerfile import ROOTS, environment
@@ -159,7 +160,7 @@ def _kafka(service: Service, data: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _s3(service: Service, folder: Path) -> Iterator[str]:
-    script = Path(os.environ[real_kafka.SCRIPTS]).resolve() / "s3"
+    script = script_of("s3")
     said = subprocess.run([str(script), "install"], check=True, capture_output=True, text=True).stdout
     binary = Path(said.split(" in ")[-1].strip()) / "versitygw"
     address = f"127.0.0.1:{lasting_port()}"
