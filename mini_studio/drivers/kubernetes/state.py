@@ -103,7 +103,8 @@ def _pod_problem(pod: Object) -> str | None:
             why = ended.get("reason", reason)
             code = f", last exit code {ended['exitCode']} ({why})" if "exitCode" in ended else ""
             hint = HINTS.get(why, HINTS.get(reason, "see kubectl describe pod"))
-            said = " ".join(str(waiting.get("message") or "").split())[:500]
+            # of a crash loop it is how long the next pause is: news each time, and nothing to a person
+            said = "" if reason == "CrashLoopBackOff" else " ".join(str(waiting.get("message") or "").split())[:500]
             return f"The pod {name} does not run: {reason}{code}{': ' + said if said else ''}; {hint}."
     if pod.get("status", {}).get("phase") == "Failed":
         status = pod["status"]
