@@ -1,18 +1,22 @@
-"""Requests for a deployment that sleeps wait here until it is awake: their number is what wakes it."""
+"""Requests for a deployment that sleeps, or that cannot be reached just now, wait here: their number is what wakes it."""
 
 import asyncio
 from collections import Counter, deque
 
+import httpx
 from fastapi import Request
+from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
+from api import proxy
 from events.types import DeploymentStatus
 from mini_studio.bus.routes import RouteTable
 from mini_studio.errors import NotFound, NotReady
 from mini_studio.records.routes import Route
 from mini_studio.settings import Api
 
+REFUSED_PAUSES_S = (0.1, 0.3, 0.6, 1.0)
 KEPT_BYTES = 64 * 1024
 """How much of a waiting request's body is read. The rest stays with its client, whose hang-up then shows only later."""
 
@@ -104,3 +108,19 @@ class _Body:
             await asyncio.get_running_loop().create_future()
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+
+async def ask(request: Request, route: Route, holding: Holding, client: httpx.AsyncClient) -> StreamingResponse:
+    """Forward it, when the deployment is awake.
+
+    A refused connection is tried again for a while, by the route as it is then: the last replica may just have gone, or the
+    cluster may not know everywhere yet that the first one is there. The request stays whole, nothing of it was sent.
+    """
+    for pause_s in REFUSED_PAUSES_S:
+        request, route = await holding.awake(request, route)
+        try:
+            return await proxy.forward(request, proxy.usable(route), client)
+        except proxy.Refusing:
+            await asyncio.sleep(pause_s)
+    request, route = await holding.awake(request, route)
+    return await proxy.forward(request, proxy.usable(route), client)

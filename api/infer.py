@@ -7,6 +7,7 @@ from fastapi.responses import StreamingResponse
 
 from api import proxy
 from api.deps import Held, Loads, Routes, UntilAnswered, UpstreamClient, UserId
+from api.holding import ask
 from schemas.fine_tuning import ErrorResponse
 
 router = APIRouter(
@@ -33,4 +34,4 @@ async def infer(
     """
     route = proxy.route_for(routes, user, model_name)
     until_answered.enter_context(load.counted(route.name))
-    return await proxy.ask(request, route, holding, client)
+    return await ask(request, route, holding, client)

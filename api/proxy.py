@@ -10,7 +10,6 @@ from fastapi.responses import StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect
 
-from api.holding import Holding
 from events.types import DeploymentStatus
 from mini_studio.bus.routes import RouteTable
 from mini_studio.errors import DeploymentFailed, NotFound, NotReady, Upstream, UpstreamTimeout
@@ -31,7 +30,6 @@ KEPT_BACK = frozenset(
     )
 )
 """Headers of one connection (RFC 9110, 7.6.1), and those our own server writes."""
-REFUSED_PAUSES_S = (0.1, 0.3, 0.6, 1.0)
 _turn = itertools.count()
 
 
@@ -57,22 +55,6 @@ def usable(route: Route) -> Route:
     if not route.endpoints:
         raise NotReady(f"deployment {route.name} is not ready yet; try again shortly")
     return route
-
-
-async def ask(request: Request, route: Route, holding: Holding, client: httpx.AsyncClient) -> StreamingResponse:
-    """Forward it, when the deployment is awake.
-
-    A refused connection is tried again for a while, by the route as it is then: the last replica may just have gone, or the
-    cluster may not know everywhere yet that the first one is there. The request stays whole, nothing of it was sent.
-    """
-    for pause_s in REFUSED_PAUSES_S:
-        request, route = await holding.awake(request, route)
-        try:
-            return await forward(request, usable(route), client)
-        except Refusing:
-            await asyncio.sleep(pause_s)
-    request, route = await holding.awake(request, route)
-    return await forward(request, usable(route), client)
 
 
 async def forward(request: Request, route: Route, client: httpx.AsyncClient) -> StreamingResponse:

@@ -103,6 +103,13 @@ def void(job_dir: Path, token: str) -> None:
             file.unlink()
 
 
+def give_up(job_dir: Path, token: str, over: bool) -> None:
+    """Void a lost attempt; after the last one nobody needs the checkpoints."""
+    void(job_dir, token)
+    if over:
+        remove_checkpoints(job_dir)
+
+
 def remove_checkpoints(job_dir: Path) -> None:
     """The job is over. What an attempt that does not know it yet writes late stays, until its fence ends it."""
     for folder in job_dir.glob(f"attempts/*/{CHECKPOINTS}"):

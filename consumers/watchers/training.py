@@ -193,7 +193,5 @@ async def lose(run: TrainingRun, lost: Lose, studio: Studio) -> None:
     if done is not None:
         log.warning("training.lost", reason=reason)
         job_folder = attempts.job_folder(run, studio.settings)
-        await asyncio.to_thread(attempts.void, job_folder, run.token)
-        if done.phase.over:
-            await asyncio.to_thread(attempts.remove_checkpoints, job_folder)
+        await asyncio.to_thread(attempts.give_up, job_folder, run.token, done.phase.over)
         studio.runs_changed.set()

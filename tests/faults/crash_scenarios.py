@@ -81,6 +81,17 @@ def no_room(client: Client) -> None:
     client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["failed"])
 
 
+def too_small(client: Client) -> None:
+    """The cluster could not hold the training, and then it grows. The life before may have submitted it already."""
+    client.upload()
+    if "submit" not in client.answers:
+        client.world.outages.begin("cluster", "too small")
+    client.submit()
+    client.until(lambda: any(run["waits_for"] or run["phase"] != "queued" for run in client.mine("training_runs")))
+    client.world.outages.end("cluster")
+    client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["succeeded"])
+
+
 def in_the_way(client: Client) -> None:
     """The artifact is chosen and cannot be put in its place for a moment."""
     client.upload()
@@ -361,6 +372,7 @@ SCENARIOS = {
     "stopped": Scenario(train(Seed.IS_STOPPED_OUTSIDE, Seed.HANGS)),
     "end badly": Scenario(train(Seed.BREAKS, Seed.LEAVES_NOTHING)),
     "no room": Scenario(no_room),
+    "too small": Scenario(too_small),
     "in the way": Scenario(in_the_way),
     "deploy": Scenario(deploy),
     "tuned": Scenario(tuned),

@@ -35,6 +35,8 @@ INSTRUMENTED = (
 )
 """Handlers, relay, consumers and reconcilers, and what they do their I/O through."""
 LEFT_OUT = {
+    "api.gateway": "what proxies in a process of its own, which keeps nothing",
+    "api.holding": "requests that wait in memory: with the process their connections end, and their callers ask again",
     "mini_studio.bus.connection": "asks brokers why they let a client not in, and changes nothing",
     "mini_studio.bus.kafka": "the Kafka client: what it is asked for is awaited by the relay and by delivery, which have points",
     "mini_studio.bus.liveness": "a meter, which changes nothing",

@@ -37,6 +37,7 @@ from workloads.specs import (
 
 OUTAGES: dict[str, Callable[[], Exception]] = {
     "away": lambda: Unavailable("the part is away"),
+    "too small": lambda: Refused("the cluster is too small"),
     "wrong": lambda: Invalid("the part says that this is wrong"),
     "broken": lambda: RuntimeError("nobody expected this"),
 }

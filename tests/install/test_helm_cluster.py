@@ -25,8 +25,10 @@ from mini_studio.drivers.ports import ReleaseSpec, ReleaseState
 from mini_studio.errors import Refused
 from mini_studio.settings import Settings
 from tests.contracts.test_serving_driver import DEPLOYMENT, Bench
+from tests.fakes.broker import free_port
 from tests.fakes.helm import CHART, Helm, options
 from tests.fakes.real_kubernetes import RealKubernetes
+from tests.fakes.running import Running
 from tests.fakes.waiting import until
 from tests.install.rendered import Object, environment, of, pods
 from tests.install.test_helm_values import NAMES
@@ -242,6 +244,45 @@ async def reapplied(serving: Bench, spec: ReleaseSpec, installed: Installed) -> 
             return
         await asyncio.sleep(0.1)
     raise AssertionError("the service never came back")
+
+
+def test_the_serving_consumer_does_its_whole_job_with_that_account(installed: Installed, tmp_path: Path) -> None:
+    """A whole studio here, whose consumer `serving`, a process of its own, has nothing of the cluster but that account's token."""
+    kubernetes = {
+        "NAMESPACE": installed.models,
+        "KUBECONFIG": str(kubeconfig(installed, tmp_path)),
+        "RUNTIME": "studio",
+    }
+    studio = Running(
+        tmp_path / "studio",
+        free_port(),
+        {
+            "MINI_STUDIO_TRAINING__RAY_ADDRESS": "http://127.0.0.1:1",  # nobody trains here
+            "MINI_STUDIO_SERVING__DRIVER": "kubernetes",
+            **{f"MINI_STUDIO_SERVING__KUBERNETES__{name}": value for name, value in kubernetes.items()},
+        },
+    )
+    studio.start()
+    try:
+        name = studio.call("POST", "/inference/deploy/base", json={"model_id": "tiny-llama", "gpu_count": 0})[
+            "deployment"
+        ]
+        view = f"/inference/deployments/{name}"
+        studio.until(lambda: studio.call("GET", view, 200)["deployment"]["status"] == "ready", 60)
+        for kind in ("services", "deployments"):
+            installed.cluster.kubectl("delete", kind, name, "-n", installed.models)
+            studio.until(lambda kind=kind: name in names_of(installed, kind), 30)  # type: ignore[misc]
+        studio.until(lambda: studio.call("GET", view, 200)["deployment"]["status"] == "ready", 60)
+        studio.call("DELETE", view, 202)
+        studio.until(lambda: studio.call("GET", view, 200)["deployment"]["status"] == "removed", 60)
+        for kind in KINDS:
+            assert name not in names_of(installed, kind)
+    finally:
+        studio.stop()
+
+
+def names_of(installed: Installed, kind: str) -> list[str]:
+    return [found["metadata"]["name"] for found in installed.cluster.get(kind, installed.models)]
 
 
 def test_the_serving_account_has_exactly_its_role(installed: Installed) -> None:

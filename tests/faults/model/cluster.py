@@ -134,12 +134,16 @@ async def publish(folder: Path, run: TrainingRun) -> Manifest:
     return Manifest(job_id=run.id, attempt=run.attempt, token=run.token, files=[], train_loss=0.1, steps=9, tokens=5)
 
 
+async def give_up(job_dir: Path, token: str, _over: bool) -> None:
+    await void(job_dir, token)
+
+
 async def remove_checkpoints(_job_dir: Path) -> None:
     """No attempt of this world leaves any."""
 
 
 FILES = {
-    f.__name__: f for f in (prepare, void, last_sign_of_life, read_progress, complete, publish, remove_checkpoints)
+    f.__name__: f for f in (prepare, give_up, last_sign_of_life, read_progress, complete, publish, remove_checkpoints)
 }
 
 
