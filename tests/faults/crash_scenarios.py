@@ -164,6 +164,7 @@ def trouble(part: str, kind: str, *, buries: bool) -> Callable[["Client"], None]
         if buries:
             client.until(lambda: client.mine("dataset_profiles") or client.buried(Topic.DATASETS, "datasets"))
         else:
+            client.until(lambda: client.mine("dataset_profiles") or client.world.outages.met(part))
             client.pause(0.3)
         client.world.outages.end(part)
         if buries:

@@ -67,10 +67,15 @@ class Outages:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, part: str, kind: str) -> None:
+        (self._folder / f"{part}.met").unlink(missing_ok=True)
         replace_file(self._folder / part, kind)
 
     def end(self, part: str) -> None:
         (self._folder / part).unlink(missing_ok=True)
+
+    def met(self, part: str) -> bool:
+        """Whether somebody has run into the last one."""
+        return (self._folder / f"{part}.met").exists()
 
     def on(self, part: str) -> bool:
         return (self._folder / part).exists()
@@ -80,6 +85,7 @@ class Outages:
             kind = (self._folder / part).read_text()
         except FileNotFoundError:
             return
+        (self._folder / f"{part}.met").touch()
         raise OUTAGES[kind]()
 
 
