@@ -66,7 +66,9 @@ async def test_the_control_plane_goes_and_comes(
     await reconciled.becomes(coming, DeploymentStatus.READY, CONVERGED_S)
     await reconciled.becomes(leaving, DeploymentStatus.REMOVED, CONVERGED_S)
     for id in kept:
-        assert await reconciled.events(id) == ["applied", "ready"]
+        # after 40 s without its API server a node counts as not ready for a moment, and so do its pods
+        await reconciled.becomes(id, DeploymentStatus.READY, CONVERGED_S)
+        assert set(await reconciled.events(id)) == {"applied", "ready"}
     assert await uids(reconciled, kept) == before
 
 
