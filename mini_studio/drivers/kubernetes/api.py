@@ -43,6 +43,8 @@ ADMISSION = ("exceeded quota", "admission webhook", "violates PodSecurity", "den
 """What a 403 says that does not come from a missing right."""
 MALFORMED = ("failed to create typed patch object", "quantities must match")
 """What a 500 says that is the manifest's fault."""
+WARMING_UP = "allocator not ready"
+"""What a 422 says of a Service that an API server was asked for too soon after its start."""
 FOR_GOOD = frozenset((HTTPStatus.BAD_REQUEST, HTTPStatus.FORBIDDEN, HTTPStatus.UNPROCESSABLE_ENTITY))
 
 
@@ -190,6 +192,8 @@ class KubeApi:
             raise Conflict(f"Kubernetes: {said}")
         if status == HTTPStatus.FORBIDDEN and not any(sign in said for sign in ADMISSION):
             raise Forbidden(f"Kubernetes: {said}")
+        if WARMING_UP in said:
+            raise Unavailable(f"Kubernetes is starting: {said}")
         if status in FOR_GOOD or status not in TRY_AGAIN or any(sign in said for sign in MALFORMED):
             raise Refused(f"Kubernetes: {said}")
         raise Unavailable(f"Kubernetes cannot do this now: {said}")
