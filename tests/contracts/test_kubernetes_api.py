@@ -32,7 +32,7 @@ class Server:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         status = self.answers.popleft() if self.answers else 200
-        await asyncio.sleep(60 if status is None else 0.02)
+        await asyncio.sleep(3 if status is None else 0.02)
         self.at_once -= 1
         body: dict[str, Any] = {"kind": "Status", "message": f"because of {status}"}
         return web.json_response(body if status != 200 else MANIFEST, status=status or 200)
