@@ -41,16 +41,20 @@ class Mirror:
             self._keep(found)
 
     async def run(self) -> None:
-        """List, and watch from there, until cancelled."""
-        pause_s = PAUSE_S
+        """List, and watch from there over the watch's ends and cuts, until cancelled; list again when the server has forgotten where."""
+        listed, pause_s = False, PAUSE_S
         while True:
             try:
-                await self._list()
-                while True:
-                    pause_s = PAUSE_S
-                    await self._watch_until_cut()
+                if not listed:
+                    await self._list()
+                    listed, pause_s = True, PAUSE_S
+                async for type, found in self._api.watch(self.kind, self._selector, str(self._seen_to)):
+                    self._take(type, found)
+                    pause_s, self.problem = PAUSE_S, None
+                continue
             except TooOld:
                 log.info("mirror.too_old", kind=self.kind.name)
+                listed = False
                 continue
             except StudioError as error:
                 self._say(error)
@@ -58,21 +62,9 @@ class Mirror:
                 # Nobody watches this task: whatever went wrong, it says so and goes on.
                 log.exception("mirror.failed", kind=self.kind.name)
                 self.problem = StudioError(f"watching {self.kind.plural} failed unexpectedly: {error!r}")
+                listed = False
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-    async def _watch_until_cut(self) -> None:
-        """Follow the watch over its ends and cuts, for as long as the server knows where it was."""
-        pause_s = PAUSE_S
-        while True:
-            try:
-                async for type, found in self._api.watch(self.kind, self._selector, str(self._seen_to)):
-                    self._take(type, found)
-                    pause_s, self.problem = PAUSE_S, None
-            except StudioError as error:
-                self._say(error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _list(self) -> None:
         found, at = await self._api.list(self.kind, self._selector)
