@@ -5,7 +5,7 @@ deciders hold beside their events (training runs, releases, profiles, keys) is c
 compared. Every step finds what an earlier run left, and goes on behind it.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from mini_studio.errors import Conflict, Invalid
 from mini_studio.records.shadow import content
-from mini_studio.records.store import Collection, Document, RecordStore
+from mini_studio.records.store import Collection, Document, RecordStore, pages
 from mini_studio.replaying import REBUILDABLE, replay
 from mini_studio.settings import Records, Settings
 from mini_studio.wiring import COLLECTIONS, Studio, open_studio, record_store
@@ -100,7 +100,7 @@ async def _shared(source: RecordStore, target: RecordStore) -> int:
 
 async def _check_known(source: RecordStore, target: RecordStore, collection: Collection) -> None:
     """The target may hold what an earlier run brought there: records that the source has, and no newer ones."""
-    async for page in _pages(target, collection):
+    async for page in pages(target, collection, BATCH):
         known = await source.get_all(collection, [document["_id"] for document in page])
         for document in page:
             original = known.get(document["_id"])
@@ -124,7 +124,7 @@ async def _copy_journal(source: RecordStore, target: RecordStore, position: int,
 
 
 async def _copy(source: RecordStore, target: RecordStore, collection: Collection) -> None:
-    async for page in _pages(source, collection):
+    async for page in pages(source, collection, BATCH):
         present = await target.get_all(collection, [document["_id"] for document in page])
         lacking = [document for document in page if present.get(document["_id"]) != document]
         versions = [present[d["_id"]]["version"] if d["_id"] in present else None for d in lacking]
@@ -148,11 +148,11 @@ async def compare(source: RecordStore, target: RecordStore, say: Say) -> bool:
 async def _compare(source: RecordStore, target: RecordStore, collection: Collection, say: Say) -> bool:
     """All of the documents but for their bookkeeping: what they are made of, not how often they were written."""
     count, different = 0, list[str]()
-    async for page in _pages(source, collection):
+    async for page in pages(source, collection, BATCH):
         there = await target.get_all(collection, [document["_id"] for document in page])
         count += len(page)
         different += [d["_id"] for d in page if content(d) != content(there.get(d["_id"]))]
-    async for page in _pages(target, collection):
+    async for page in pages(target, collection, BATCH):
         known = await source.get_all(collection, [document["_id"] for document in page])
         different += [document["_id"] for document in page if document["_id"] not in known]
     if different:
@@ -181,13 +181,6 @@ async def _compare_journals(source: RecordStore, target: RecordStore, say: Say) 
             return True
         count += len(here)
         position, behind = here[-1].position, there[-1].position
-
-
-async def _pages(store: RecordStore, collection: Collection) -> AsyncIterator[list[Document]]:
-    after = ""
-    while page := await store.scan(collection, after=after, limit=BATCH):
-        yield page
-        after = page[-1]["_id"]
 
 
 _USE_ANOTHER = "name an empty place (records.mongo_database or records.sqlite), or empty this one"

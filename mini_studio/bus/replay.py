@@ -10,7 +10,7 @@ from mini_studio.bus.kafka import Publisher, create_topics
 from mini_studio.bus.reading import read_whole
 from mini_studio.bus.relay import BATCH, outgoing
 from mini_studio.records.routes import RouteRecord
-from mini_studio.records.store import RecordStore
+from mini_studio.records.store import RecordStore, pages
 from mini_studio.settings import Kafka
 
 READ = 2000
@@ -65,7 +65,5 @@ async def _journal(store: RecordStore, end: int) -> AsyncIterator[list[dict[str,
 
 
 async def _routes(store: RecordStore) -> AsyncIterator[list[dict[str, Any]]]:
-    after = ""
-    while page := await store.scan(RouteRecord.COLLECTION, after=after, limit=READ):
+    async for page in pages(store, RouteRecord.COLLECTION, READ):
         yield [RouteRecord.load(document).stored() for document in page]
-        after = page[-1]["_id"]

@@ -4,7 +4,7 @@ The swap is record by record, each a compare-and-set: a crash in the middle leav
 go on meanwhile. No event is decided, and nothing is deleted.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +14,7 @@ from events.base import Envelope
 from mini_studio.errors import Conflict, Unavailable
 from mini_studio.records.projection import Projection, Projections, fold
 from mini_studio.records.record import CAS_TRIES, Record
-from mini_studio.records.store import Collection, Document, DuplicateRecord, RecordStore
+from mini_studio.records.store import Collection, Document, DuplicateRecord, RecordStore, pages
 
 log = structlog.get_logger(__name__)
 
@@ -84,7 +84,7 @@ class Shadow(Generic[P]):
     async def compare(self, view: View[P], *, swap: bool) -> Outcome:
         """Compare the live records with the shadow's, page by page; with `swap`, make them what their events make."""
         outcome = Outcome()
-        async for page in self._pages(self.collection):
+        async for page in pages(self._store, self.collection, PAGE):
             made = [view.of(self._projection.load(document)).document() for document in page]
             live = await self._store.get_all(view.collection, [document["_id"] for document in made])
             alike = {document["_id"] for document in made if content(document) == content(live.get(document["_id"]))}
@@ -95,7 +95,7 @@ class Shadow(Generic[P]):
             for document in made:
                 if document["_id"] not in alike | missing:
                     await self._settle(document["_id"], view, swap, outcome)
-        async for page in self._pages(view.collection):
+        async for page in pages(self._store, view.collection, PAGE):
             known = await self._store.get_all(self.collection, [document["_id"] for document in page])
             for document in page:
                 if document["_id"] not in known:
@@ -162,12 +162,6 @@ class Shadow(Generic[P]):
         """Insert those of the records that nothing stands against. Their ids."""
         written = await self._store.put_all(view.collection, [(document, None) for document in documents])
         return {document["_id"] for document, done in zip(documents, written, strict=True) if done}
-
-    async def _pages(self, collection: Collection) -> AsyncIterator[list[Document]]:
-        after = ""
-        while page := await self._store.scan(collection, after=after, limit=PAGE):
-            yield page
-            after = page[-1]["_id"]
 
 
 def content(document: Document | None) -> Document | None:

@@ -5,7 +5,7 @@ same write, not yet on the log). Adapters: `sqlite`, `mongo`. The contract suite
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -124,3 +124,11 @@ def in_turns(
     """What each collection has, by turns: a long backlog of one must not hold up the others."""
     turns = itertools.zip_longest(*each)
     return [(c, found) for turn in turns for c, found in zip(collections, turn, strict=True) if found is not None]
+
+
+async def pages(store: RecordStore, collection: Collection, size: int) -> AsyncIterator[list[Document]]:
+    """All documents of a collection, `size` at a time, by ascending id."""
+    after = ""
+    while page := await store.scan(collection, after=after, limit=size):
+        yield page
+        after = page[-1]["_id"]
