@@ -72,16 +72,8 @@ def spec(release: Release) -> ReleaseSpec:
 async def keep(release: Release, studio: Studio) -> None:
     """Apply, observe, report. What is away for now is tried again at the next turn."""
     generation, new = release.generation, release.status is DeploymentStatus.DEPLOYING
-    refused: str | None = None
     try:
-        try:
-            await studio.serving.apply(spec(release))
-        except (Refused, Conflict) as error:
-            refused = error.message
-        except Unavailable as error:
-            if new:
-                raise
-            log.warning("serving.waiting", reason=error.message)
+        refused = await applied(release, studio, new)
         seen = await studio.serving.observe(release.request.name)
     except Unavailable as error:
         log.warning("serving.waiting", reason=error.message)
@@ -99,6 +91,19 @@ async def keep(release: Release, studio: Studio) -> None:
     await studio.releases.change(
         release.client_code, release.id, lambda r: reported(r, generation, seen, now=now, patience_s=patience_s)
     )
+
+
+async def applied(release: Release, studio: Studio, new: bool) -> str | None:
+    """Apply; why it is refused, if it is. What is away is waited out, but keeps nobody from looking at what was applied before."""
+    try:
+        await studio.serving.apply(spec(release))
+    except (Refused, Conflict) as error:
+        return error.message
+    except Unavailable as error:
+        if new:
+            raise
+        log.warning("serving.waiting", reason=error.message)
+    return None
 
 
 async def remove(release: Release, studio: Studio) -> None:

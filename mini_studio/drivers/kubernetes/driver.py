@@ -24,6 +24,7 @@ from mini_studio.drivers.kubernetes.manifests import (
     SELECTOR,
     WEIGHTS,
     Content,
+    annotation,
     covers,
     manifests,
 )
@@ -257,18 +258,14 @@ class KubernetesDriver:
 
 
 def _is_release(found: Object) -> bool:
-    annotations = found["metadata"].get("annotations", {})
-    return (
-        bool(annotations.get(DEPLOYMENT_ID))
-        and annotations.get(GENERATION, "").isdigit()
-        and CLIENT_CODE in annotations
-    )
+    theirs = CLIENT_CODE in found["metadata"].get("annotations", {})  # empty where all clients share it
+    return theirs and bool(_id(found)) and annotation(found, GENERATION).isdigit()
 
 
 def _id(found: Object) -> str:
-    return str(found["metadata"].get("annotations", {}).get(DEPLOYMENT_ID, ""))
+    return annotation(found, DEPLOYMENT_ID)
 
 
 def _generation(found: Object) -> int:
-    generation = found["metadata"].get("annotations", {}).get(GENERATION, "")
+    generation = annotation(found, GENERATION)
     return int(generation) if generation.isdigit() else 0

@@ -81,7 +81,7 @@ def _object(kind: Kind, spec: ReleaseSpec, part: Object) -> Object:
     return {"apiVersion": kind.api_version, "kind": kind.name, "metadata": metadata, **part}
 
 
-def _hash(part: Object) -> str:
+def _hash(part: Object | str) -> str:
     return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -96,6 +96,11 @@ def annotations(spec: ReleaseSpec) -> dict[str, str]:
         CLIENT_CODE: spec.client_code,
         MODEL: spec.model,
     }
+
+
+def annotation(of: Object, name: str) -> str:
+    """One of an object's annotations; empty where it has none."""
+    return str(of["metadata"].get("annotations", {}).get(name, ""))
 
 
 def _service(spec: ReleaseSpec) -> Object:
@@ -159,9 +164,13 @@ def _scaled_object(spec: ReleaseSpec, settings: Kubernetes, patience_s: float) -
 
 def _deployment(spec: ReleaseSpec, content: Content, settings: Kubernetes, patience_s: float) -> Object:
     """Without `replicas`: those are the autoscaler's. New pods come before old ones go."""
-    source = hashlib.sha256(predict_source().encode()).hexdigest()[:16]
     pod = _pod(spec, content, settings, patience_s)
-    about = {DEPLOYMENT_ID: spec.deployment_id, MODEL: spec.model, PREDICT: source, CONTENT: _hash(pod)}
+    about = {
+        DEPLOYMENT_ID: spec.deployment_id,
+        MODEL: spec.model,
+        PREDICT: _hash(predict_source()),
+        CONTENT: _hash(pod),
+    }
     return {
         "progressDeadlineSeconds": int(patience_s),
         "revisionHistoryLimit": 1,

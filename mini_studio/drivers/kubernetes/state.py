@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mini_studio.drivers.kubernetes.api import Object
-from mini_studio.drivers.kubernetes.manifests import CONTENT, DEPLOYMENT_ID, GENERATION
+from mini_studio.drivers.kubernetes.manifests import CONTENT, DEPLOYMENT_ID, GENERATION, annotation
 from mini_studio.drivers.ports import ReleaseReport, ReleaseState
 
 UNSCHEDULABLE_S = 10.0
@@ -54,8 +54,8 @@ def report(deployment: Object, pods: Sequence[Object], endpoint: str, *, was_com
     message = trouble or ("" if answers else waiting)
     return ReleaseReport(
         metadata["name"],
-        metadata["annotations"][DEPLOYMENT_ID],
-        int(metadata["annotations"][GENERATION]),
+        annotation(deployment, DEPLOYMENT_ID),
+        int(annotation(deployment, GENERATION)),
         state,
         available,
         endpoints=[endpoint] if answers else [],
@@ -76,18 +76,13 @@ def problem(deployment: Object, pods: Sequence[Object]) -> str | None:
     blocked = _condition(deployment, "ReplicaFailure")
     if blocked.get("status") == "True":
         return f"Its pods cannot be made: {blocked.get('message', blocked.get('reason'))}"
-    content = _content(deployment["spec"]["template"])
-    present = [pod for pod in pods if _content(pod) == content and "deletionTimestamp" not in pod["metadata"]]
+    # pods of an older template go on until the new ones answer, and say nothing of these
+    content = annotation(deployment["spec"]["template"], CONTENT)
+    present = [p for p in pods if annotation(p, CONTENT) == content and "deletionTimestamp" not in p["metadata"]]
     for pod in sorted(present, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
         if found := _pod_problem(pod):
             return found
     return None
-
-
-def _content(of: Object) -> str | None:
-    """Which template pods were made from. Those of an older one go on until the new ones answer, and say nothing of these."""
-    found: str | None = of["metadata"].get("annotations", {}).get(CONTENT)
-    return found
 
 
 def _pod_problem(pod: Object) -> str | None:
