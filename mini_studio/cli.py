@@ -5,6 +5,8 @@ import os
 import secrets
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -69,6 +71,18 @@ class LetterState(StrEnum):
     OPEN = "open"
     REDRIVEN = "redriven"
     ALL = "all"
+
+
+@contextmanager
+def failing(hint: str = "", code: int = 2) -> Iterator[None]:
+    """What goes wrong inside is told in a line, and ends the command with this exit code."""
+    from mini_studio.errors import StudioError
+
+    try:
+        yield
+    except StudioError as error:
+        typer.echo(f"error: {error.message}{hint}", err=True)
+        raise typer.Exit(code) from None
 
 
 def settings_for(data: Path | None, process: str) -> Settings:
@@ -182,13 +196,9 @@ def prepare(data: DataOption = None) -> None:
     """Create what is missing (indexes, topics, bucket) and refill an embedded broker that starts empty from the journal."""
     settings = process_settings(data, "prepare")
     from mini_studio import maintenance
-    from mini_studio.errors import StudioError
 
-    try:
+    with failing("; run it again when that is mended"):
         asyncio.run(maintenance.prepare(settings))
-    except StudioError as error:
-        typer.echo(f"error: {error.message}; run it again when that is mended", err=True)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -217,15 +227,11 @@ def replay(
     """
     settings = settings_for(data, "replay")
     from mini_studio import replaying
-    from mini_studio.errors import StudioError
 
     names = list(replaying.REBUILDABLE) if projection is Rebuilt.ALL else [projection.value]
     from_topics = source is EventSource.TOPICS
-    try:
+    with failing():
         right = asyncio.run(replaying.run(settings, names, topics=from_topics, swap=not check, say=typer.echo))
-    except StudioError as error:
-        typer.echo(f"error: {error.message}", err=True)
-        raise typer.Exit(2) from None
     raise typer.Exit(0 if right else 1)
 
 
@@ -245,15 +251,11 @@ def refill(data: DataOption = None) -> None:
     """
     settings = settings_for(data, "refill")
     from mini_studio import maintenance
-    from mini_studio.errors import StudioError
 
-    try:
+    with failing("; run it again, it goes on where it stopped"):
         done = asyncio.run(
             maintenance.refill_topics(settings, lambda d: typer.echo(f"{d.published:,} published, {d.held:,} held"))
         )
-    except StudioError as error:
-        typer.echo(f"error: {error.message}; run it again, it goes on where it stopped", err=True)
-        raise typer.Exit(2) from None
     typer.echo(f"done: {done.published:,} published, {done.held:,} were there")
 
 
@@ -287,13 +289,9 @@ def migrate(
     """
     settings = settings_for(data, "migrate")
     from mini_studio import migrating
-    from mini_studio.errors import StudioError
 
-    try:
+    with failing():
         right = asyncio.run(migrating.run(settings, source, database, typer.echo))
-    except StudioError as error:
-        typer.echo(f"error: {error.message}", err=True)
-        raise typer.Exit(2) from None
     typer.echo("done: the stores hold the same" if right else "not done: the stores differ")
     raise typer.Exit(0 if right else 1)
 
@@ -323,14 +321,10 @@ def add_model(
     """Install a base model: fetch it, or register a local folder under a name."""
     settings = settings_for(data, "models")
     from mini_studio.drivers.catalogue import ModelCatalogue
-    from mini_studio.errors import StudioError
 
-    try:
+    with failing(code=1):
         for said in ModelCatalogue(settings.models).add(name, path and path.resolve()):
             typer.echo(said)
-    except StudioError as error:
-        typer.echo(f"error: {error.message}", err=True)
-        raise typer.Exit(1) from None
 
 
 @events.command("tail")
