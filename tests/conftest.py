@@ -26,13 +26,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.fixture(scope="session")
 def stoppable_kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealKafka]:
     """A real broker that a test may kill and pause."""
-    script = real_kafka.script()
-    if script is None:
-        pytest.skip(real_kafka.HOW_TO_STOP_IT)
     # session timeouts of a second or so make tests of a lost member quick
-    kafka = RealKafka.start(script, tmp_path_factory.mktemp("kafka"), "group.min.session.timeout.ms=1000")
-    yield kafka
-    kafka.stop()
+    with real_kafka.own_kafka(tmp_path_factory.mktemp("kafka"), "group.min.session.timeout.ms=1000") as kafka:
+        yield kafka
 
 
 @pytest.fixture(scope="session")

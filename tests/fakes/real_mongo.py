@@ -9,11 +9,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 
-from tests.fakes.broker import lasting_port
-from tests.fakes.real_services import SCRIPTS, Started, script_of
+from tests.fakes.real_services import SCRIPTS, Started, own, script_of
 
 ADDRESS = "MINI_STUDIO_TEST_MONGO"
 HOW = f"needs a MongoDB: run `make test-real`, or set {ADDRESS}=mongodb://..."
@@ -30,28 +28,14 @@ def script() -> Path | None:
 class RealMongo(Started):
     """One server started by the script."""
 
-    @classmethod
-    def start(cls, script: Path, data: Path) -> "RealMongo":
-        mongo = cls(script, data, lasting_port())
-        mongo.start_first()
-        return mongo
-
     @property
     def url(self) -> str:
         return f"mongodb://127.0.0.1:{self.port}"
 
 
-@contextlib.contextmanager
-def own_mongo(folder: Path) -> Iterator[RealMongo]:
+def own_mongo(folder: Path) -> contextlib.AbstractContextManager[RealMongo]:
     """One for this test alone. Skips where there is none to start."""
-    found = script()
-    if found is None:
-        pytest.skip(HOW_TO_STOP_IT)
-    mongo = RealMongo.start(found, folder)
-    try:
-        yield mongo
-    finally:
-        mongo.stop()  # which resumes a paused one
+    return own(RealMongo, script(), HOW_TO_STOP_IT, folder)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import real_kafka
 from tests.fakes.broker import running_broker
-from tests.fakes.real_kafka import RealKafka
+from tests.fakes.real_kafka import own_kafka
 
 BROKERS = ["embedded", pytest.param("real", marks=pytest.mark.real)]
 
@@ -20,12 +19,6 @@ def a_log(broker: str, folder: Path) -> Iterator[str]:
         with running_broker() as address:
             yield address
         return
-    script = real_kafka.script()
-    if script is None:
-        pytest.skip(real_kafka.HOW_TO_STOP_IT)
     # session timeouts of a second or so make tests of a lost member quick
-    kafka = RealKafka.start(script, folder / "kafka", "group.min.session.timeout.ms=1000")
-    try:
+    with own_kafka(folder / "kafka", "group.min.session.timeout.ms=1000") as kafka:
         yield kafka.bootstrap
-    finally:
-        kafka.stop()

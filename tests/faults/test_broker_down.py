@@ -17,9 +17,8 @@ from typing import ClassVar, Protocol
 import pytest
 
 from mini_studio.settings import Settings
-from tests.fakes import real_kafka
 from tests.fakes.broker import free_port, wait_for
-from tests.fakes.real_kafka import RealKafka
+from tests.fakes.real_kafka import RealKafka, own_kafka
 from tests.fakes.running import Running
 from tests.faults import history, load
 from tests.faults.checker import Dump, collect, violations
@@ -98,13 +97,8 @@ def signal_embedded(studio: Running, signum: int) -> None:
 @pytest.fixture
 def kafka(tmp_path: Path) -> Iterator[RealKafka]:
     """One of this test's own: what stands on a log that others wrote to could not be told from what was made up."""
-    script = real_kafka.script()
-    if script is None:
-        pytest.skip(real_kafka.HOW_TO_STOP_IT)
-    started = RealKafka.start(script, tmp_path / "kafka")
-    yield started
-    started.resume()
-    started.stop()
+    with own_kafka(tmp_path / "kafka") as started:
+        yield started
 
 
 @pytest.fixture
