@@ -46,6 +46,7 @@ LEFT_OUT = {
     "mini_studio.records.mongo": "a store: each of its writes is of one document; test_journal_writers kills those of its journal",
     "mini_studio.records.shadow": "replay, which tests/replay kills at each of its bulk writes",
     "mini_studio.records.sqlite": "the store: awaited by the repositories, which have points; its write is one SQLite transaction",
+    "mini_studio.records.store": "the port; what pages through a collection there is read by replay, refill and migration alone",
 }
 """Modules of those folders without points, with the reason."""
 SIDES = ("before", "after")
