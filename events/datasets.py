@@ -44,3 +44,15 @@ class DatasetProfiled(Event):
     tokens_estimated: int = Field(
         description="Characters / 4, rounded up; a job reports the exact count of its own tokenizer."
     )
+
+
+class DatasetDeleted(Event):
+    """A client wants the dataset no more. Its two copies are removed after this; its id is never used again."""
+
+    TOPIC: ClassVar = Topic.DATASETS
+    TYPE: ClassVar = "dataset.deleted.v1"
+    SOURCE: ClassVar = Source.API
+
+    dataset_id: DatasetId
+    dfs_path: str = Field(description="Absolute path on the shared file system, where one copy lay.")
+    s3_uri: str = Field(description="`s3://bucket/key`, where the other one lay.")

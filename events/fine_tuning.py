@@ -61,6 +61,15 @@ class FineTuneRequested(FineTuneEvent):
     dataset: DatasetRef
     hyperparameters: Hyperparameters
     suffix: str | None = None
+    deploy: bool = Field(False, description="Serve the result as soon as there is one, without being asked again.")
+    metadata: dict[str, str] = Field(default_factory=dict, description="The client's own notes; the studio reads none.")
+
+
+class FineTuneCancelRequested(FineTuneEvent):
+    """A client wants the job no more. It ends with `FineTuneCancelled`, unless it had come to another end before."""
+
+    TYPE: ClassVar = "fine_tune.cancel_requested.v1"
+    SOURCE: ClassVar = Source.API
 
 
 class TrainingEvent(FineTuneEvent):
@@ -124,3 +133,9 @@ class FineTuneFailed(TrainingEvent):
     ]
     message: str = Field(description="What happened and what to do.")
     log_tail: list[str] = Field(default_factory=list, description="Last lines of the trainer's log.")
+
+
+class FineTuneCancelled(TrainingEvent):
+    """The job was ended because a client asked for it; there is no model, and there will never be one."""
+
+    TYPE: ClassVar = "fine_tune.cancelled.v1"

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from events.base import Cause, Envelope, Event, Source
-from events.datasets import DatasetProfiled, DatasetUploaded
+from events.datasets import DatasetDeleted, DatasetProfiled, DatasetUploaded
 from events.deployments import (
     DeploymentApplied,
     DeploymentFailed,
@@ -20,6 +20,8 @@ from events.deployments import (
     UndeployRequested,
 )
 from events.fine_tuning import (
+    FineTuneCancelled,
+    FineTuneCancelRequested,
     FineTuneFailed,
     FineTuneProgressed,
     FineTuneQueued,
@@ -31,12 +33,15 @@ from events.fine_tuning import (
 EVENTS: tuple[type[Event], ...] = (
     DatasetUploaded,
     DatasetProfiled,
+    DatasetDeleted,
     FineTuneRequested,
+    FineTuneCancelRequested,
     FineTuneQueued,
     FineTuneStarted,
     FineTuneProgressed,
     FineTuneSucceeded,
     FineTuneFailed,
+    FineTuneCancelled,
     DeployRequested,
     UndeployRequested,
     DeploymentApplied,

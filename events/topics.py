@@ -9,6 +9,15 @@ class Topic(StrEnum):
     DEPLOYMENTS = "mini-studio.deployments"
 
 
+class Plain(StrEnum):
+    """Topics that hold no events: not in the journal, not refilled, not replayed."""
+
+    USAGE = "mini-studio.usage"
+    """Batches of usage records (`events/usage.py`), keyed by the gateway process that they come from."""
+    WAKEUPS = "mini-studio.wakeups"
+    """Hints: a request waits at a gateway for the deployment whose id is the key, which sleeps. Kept for an hour."""
+
+
 ROUTES = "mini-studio.routes"
 """Compacted, not events: the key is a route's key, the value the whole route, or nothing when the route is gone."""
 

@@ -35,16 +35,17 @@ Method = Literal["lora", "full"]
 
 
 class JobStatus(StrEnum):
-    """Where a fine-tuning job stands; `succeeded` and `failed` are final."""
+    """Where a fine-tuning job stands; `succeeded`, `failed` and `cancelled` are final."""
 
     QUEUED = "queued"
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
+    CANCELLED = "cancelled"
 
     @property
     def final(self) -> bool:
-        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED)
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 class DeploymentKind(StrEnum):

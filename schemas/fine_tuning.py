@@ -87,6 +87,45 @@ class DatasetUploadResponse(BaseModel):
     filename: str | None
 
 
+class DatasetView(BaseModel):
+    """An uploaded dataset."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    client_code: str
+    filename: str | None
+    dfs_path: str = Field(description="The `dataset_dfs` of its upload's answer.")
+    s3_uri: str = Field(description="The `dataset_s3` of its upload's answer.")
+    size_bytes: int
+    sha256: str
+    format: DatasetFormat
+    rows: int
+    state: str = Field(
+        description="uploaded; verified or damaged once both copies were read back; deleted in the answer to DELETE."
+    )
+    message: str | None = Field(description="Which copy is damaged, and what to do.")
+    characters: int
+    longest_line_bytes: int
+    tokens_estimated: int | None = Field(description="Characters / 4; known once it is verified.")
+    created_at: str
+    updated_at: str
+
+
+class DatasetResponse(BaseModel):
+    ok: bool = True
+    dataset: DatasetView
+
+
+class DatasetListResponse(BaseModel):
+    """Newest first; `after=<last id>` gives the next page while `has_more`."""
+
+    ok: bool = True
+    datasets: list[DatasetView]
+    has_more: bool
+    last_id: str | None
+
+
 class JobDatasetView(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
@@ -123,7 +162,8 @@ class JobView(BaseModel):
     id: str
     client_code: str
     model: str
-    status: str = Field(description="queued, running, succeeded or failed.")
+    status: str = Field(description="queued, running, succeeded, failed or cancelled.")
+    cancelling: bool = Field(description="Its end was asked for, and is still to come.")
     hyperparameters: Hyperparameters
     dataset: JobDatasetView
     attempt: int
