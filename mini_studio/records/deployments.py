@@ -19,6 +19,7 @@ from events.deployments import (
 )
 from events.types import DeploymentKind, DeploymentStatus, derived_id
 from mini_studio.errors import Conflict
+from mini_studio.records.jobs import Job
 from mini_studio.records.projection import Projection, Projections, begun, requested, timestamp
 from mini_studio.records.record import ANYONE
 from mini_studio.records.store import Collection, DuplicateRecord
@@ -138,6 +139,23 @@ class Deployments(Projections[Deployment]):
                 log.info("deployment.name_taken", name=name)
         raise Conflict(f"the names {', '.join(names)} are all taken")
 
+    async def request_once(self, tenant: str, event: DeployRequested, cause: Cause) -> None:
+        """Deploy what nobody ever asked for. What was once removed stays so, however often this is said again."""
+        if await self._store.read_journal(key=event.deployment_id, limit=1):
+            return  # its record may be on its way to be rebuilt
+        for name in (event.name, suffixed(event.name, event.deployment_id)):
+            first = event.model_copy(update={"name": name})
+            try:
+                await self.insert(
+                    requested(Deployment, first, subject=event.deployment_id, client_code=tenant, cause=cause)
+                )
+            except DuplicateRecord as taken:
+                if taken.field == "id":
+                    return
+            else:
+                return
+        raise Conflict(f"the names for {event.deployment_id} are all taken")
+
     async def _request(self, tenant: str, event: DeployRequested, cause: Cause) -> Deployment:
         if await self.get(ANYONE, event.deployment_id) is None:
             record = requested(Deployment, event, subject=event.deployment_id, client_code=tenant, cause=cause)
@@ -153,6 +171,21 @@ class Deployments(Projections[Deployment]):
         if present is None:
             raise Conflict(f"deployment {event.deployment_id} is gone")
         return present
+
+
+def of_job(job: Job, scale: Scale) -> DeployRequested:
+    """The request to serve what a succeeded job made: the deployment that `deploy/fine_tuned` makes of the same weights."""
+    kind = DeploymentKind.FINE_TUNED
+    return DeployRequested(
+        deployment_id=deployment_id(job.client_code, kind, job.model, job.fine_tuned_weights_path),
+        generation=1,
+        name=readable_name(kind, job.client_code, job.model),
+        kind=kind,
+        model=job.fine_tuned_model,
+        base_model=job.model,
+        weights_path=job.fine_tuned_weights_path,
+        scale=scale,
+    )
 
 
 def again(present: Deployment, event: DeployRequested, cause: Cause) -> Deployment | None:

@@ -2,10 +2,12 @@
 
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from events.base import Envelope, Event
 from events.fine_tuning import (
+    FineTuneCancelled,
+    FineTuneCancelRequested,
     FineTuneFailed,
     FineTuneProgressed,
     FineTuneQueued,
@@ -58,12 +60,20 @@ class Job(Projection):
     hyperparameters: Hyperparameters
     dataset: JobDataset
     suffix: str | None = None
+    deploy: bool = Field(False, description="Its result is served as soon as there is one.")
+    metadata: dict[str, str] = Field(default_factory=dict)
     attempt: int = 0
     progress: JobProgress = JobProgress()
     started_at: str | None = None
     finished_at: str | None = None
     fine_tuned_weights_path: str | None = None
     error: JobError | None = None
+    cancel_requested: bool = Field(False, description="Stays as it is in a job that came to another end before.")
+
+    @property
+    def cancelling(self) -> bool:
+        """Whether it is about to be cancelled, and is not yet."""
+        return self.cancel_requested and not self.status.final
 
     @classmethod
     def begin(cls, envelope: Envelope[Any]) -> Self | None:
@@ -76,10 +86,13 @@ class Job(Projection):
             cause=envelope.follows(),
             model=event.base_model, fine_tuned_model=event.fine_tuned_model, hyperparameters=event.hyperparameters,
             dataset=JobDataset(id=event.dataset.id, rows=event.dataset.rows), suffix=event.suffix,
+            deploy=event.deploy, metadata=event.metadata,
         )  # fmt: skip
         return begun(record, envelope)
 
     def changes(self, event: Event, at: str) -> dict[str, Any]:
+        if isinstance(event, FineTuneCancelRequested):
+            return {"cancel_requested": True}  # whatever training has said by then: the two come in no fixed order
         if self.status.final:
             return {}
         match event:
@@ -96,6 +109,14 @@ class Job(Projection):
             case FineTuneFailed():
                 error = JobError(code=event.code, message=event.message, log_tail=event.log_tail)
                 return {"status": JobStatus.FAILED, "attempt": event.attempt, "error": error, "finished_at": at}
+            case FineTuneCancelled():
+                progress = self.progress.model_copy(update={"message": None, "eta_seconds": None})
+                return {
+                    "status": JobStatus.CANCELLED,
+                    "attempt": event.attempt,
+                    "progress": progress,
+                    "finished_at": at,
+                }
         return {}
 
     def _progress(self, event: FineTuneProgressed) -> JobProgress:

@@ -143,12 +143,12 @@ class Repository(Generic[R]):
             last = await self.get(tenant, after)
             behind = (last.created_at, last.id) if last else ("", "")
             position = behind if position is None else min(position, behind)
-        found = await self._store.find(self.collection, _owned(tenant, where), limit=limit, after=position)
+        found = await self._store.find(self.collection, owned(tenant, where), limit=limit, after=position)
         return [self._record.load(document) for document in found]
 
     async def where(self, tenant: str, *, limit: int = 1000, **where: Any) -> list[R]:
         """A tenant's records (reconcilers ask for `ANYONE`'s) whose fields equal `where`, oldest first."""
-        found = await self._store.find(self.collection, _owned(tenant, where), limit=limit, newest_first=False)
+        found = await self._store.find(self.collection, owned(tenant, where), limit=limit, newest_first=False)
         return [self._record.load(document) for document in found]
 
     async def each(self, tenant: str, **where: Any) -> AsyncIterator[R]:
@@ -156,7 +156,7 @@ class Repository(Generic[R]):
         after = None
         while True:
             found = await self._store.find(
-                self.collection, _owned(tenant, where), limit=PAGE, after=after, newest_first=False
+                self.collection, owned(tenant, where), limit=PAGE, after=after, newest_first=False
             )
             for document in found:
                 yield self._record.load(document)
@@ -169,5 +169,6 @@ class Repository(Generic[R]):
         return document if document is not None and tenant in (ANYONE, document["client_code"]) else None
 
 
-def _owned(tenant: str, where: dict[str, Any]) -> dict[str, Any]:
+def owned(tenant: str, where: dict[str, Any]) -> dict[str, Any]:
+    """`where`, for the records of one tenant only."""
     return where if tenant == ANYONE else {"client_code": tenant, **where}

@@ -64,6 +64,11 @@ class Release(Decider):
         """Whether having no replica is a state that it was asked for."""
         return self.request.scale.min_replicas == 0
 
+    @property
+    def asleep(self) -> bool:
+        """Whether it has no replica because nobody asks for it, or none that answers yet since somebody did."""
+        return self.status is DeploymentStatus.READY and self.replicas == 0
+
     def _current(self, generation: int) -> bool:
         return generation == self.generation and not self.settled
 

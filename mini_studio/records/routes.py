@@ -40,8 +40,8 @@ class Route(BaseModel):
 
     @property
     def asleep(self) -> bool:
-        """Scaled to zero: a request that waits for it wakes it."""
-        return bool(self.endpoints) and self.replicas == 0
+        """Scaled to zero: a request that waits for it wakes it. It may have an address even so, which stands before its replicas."""
+        return self.replicas == 0 and (bool(self.endpoints) or self.status is DeploymentStatus.READY)
 
 
 class RouteRecord(Record):

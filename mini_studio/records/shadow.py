@@ -165,5 +165,9 @@ class Shadow(Generic[P]):
 
 
 def content(document: Document | None) -> Document | None:
-    """A record without its bookkeeping."""
-    return document and {name: value for name, value in document.items() if name not in BOOKKEEPING}
+    """A record without its bookkeeping, and without what is not so: records of an earlier version lack the fields that this one adds."""
+    return document and {
+        name: value
+        for name, value in document.items()
+        if name not in BOOKKEEPING and value is not None and value is not False and value != {}
+    }

@@ -4,6 +4,8 @@
                    ^           |           |    \\-> failed
                    \\-----------+-----------/         (lost: the same job, a new attempt with a new token)
 
+    queued -> cancelled, and submitted | running | queued again -> cancelling -> cancelled: by request, unless it was committed before
+
 An attempt may write only while `current-attempt` names its token; its artifact is chosen by `commit`, a compare-and-set
 that the token must still match. So a forgotten orphan can never publish a second model.
 """
@@ -18,6 +20,8 @@ from pydantic import Field
 
 from events.base import Envelope
 from events.fine_tuning import (
+    FineTuneCancelled,
+    FineTuneCancelRequested,
     FineTuneFailed,
     FineTuneProgressed,
     FineTuneQueued,
@@ -40,10 +44,17 @@ class RunPhase(StrEnum):
     COMMITTED = "committed"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
 
     @property
     def over(self) -> bool:
-        return self in (RunPhase.SUCCEEDED, RunPhase.FAILED)
+        return self in (RunPhase.SUCCEEDED, RunPhase.FAILED, RunPhase.CANCELLED)
+
+    @property
+    def decided(self) -> bool:
+        """Whether its end is chosen, announced or not."""
+        return self.over or self in (RunPhase.COMMITTED, RunPhase.CANCELLING)
 
 
 class TrainingRun(Decider):
@@ -59,6 +70,7 @@ class TrainingRun(Decider):
     submitted_at: float = 0.0
     failures: int = Field(0, description="Attempts whose trainer was killed or fell silent.")
     reported_bytes: int = Field(0, description="How much of this attempt's progress file is in events.")
+    cancelling_since: float = Field(0.0, description="Unix seconds; 0: nobody asked.")
     waits_for: str = Field(
         "", description="What keeps it in the queue, as it was announced last; empty: only its turn."
     )
@@ -132,7 +144,7 @@ class TrainingRun(Decider):
 
     def fail(self, token: str, **failure: Any) -> Self | None:
         """End the job for good."""
-        if self.phase.over or self.phase is RunPhase.COMMITTED or token != self.token:
+        if self.phase.decided or token != self.token:
             return None
         event = FineTuneFailed(job_id=self.id, attempt=self.attempt, **failure)
         return self.deciding(event, phase=RunPhase.FAILED)
@@ -152,3 +164,19 @@ class TrainingRun(Decider):
             return self.fail(token, code="lost_worker", message=message, log_tail=list(log_tail))
         event = FineTuneQueued(job_id=self.id, attempt=self.attempt, reason=reason)
         return self.deciding(event, phase=RunPhase.QUEUED, token="", failures=failures)
+
+    def cancel(self, envelope: Envelope[FineTuneCancelRequested]) -> Self | None:
+        """Choose that there will be no artifact. At once where nothing ever ran; else its trainer has to be ended first."""
+        self.check_owner(envelope)
+        if self.phase.decided:
+            return None
+        cancelling = self.model_copy(
+            update={"phase": RunPhase.CANCELLING, "cancelling_since": datetime.now(UTC).timestamp()}
+        )
+        return cancelling if self.attempt else cancelling.cancelled()
+
+    def cancelled(self) -> Self | None:
+        """Announce it: no trainer of the job may go on by now."""
+        if self.phase is not RunPhase.CANCELLING:
+            return None
+        return self.deciding(FineTuneCancelled(job_id=self.id, attempt=self.attempt), phase=RunPhase.CANCELLED)

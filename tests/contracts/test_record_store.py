@@ -107,6 +107,21 @@ async def test_lists_newest_first_by_keyset(store: RecordStore) -> None:
     assert seen == [f"t{n:02}" for n in reversed(range(25))]
 
 
+async def test_a_clients_documents_of_a_time_are_read_by_its_bounds(store: RecordStore) -> None:
+    """Oldest first from a time on, newest first from before a time on; a time with an empty id stands in front of all of that time."""
+    for n in range(24):
+        for client in ("acme", "other", ""):
+            await store.insert(THINGS, thing(f"{client}{n:02}", client=client, at=f"2026-01-01T{n // 2:02}:00"))
+    for client in ("acme", ""):
+        mine = {"client_code": client}
+        later = await store.find(THINGS, mine, limit=5, after=("2026-01-01T05:00", ""), newest_first=False)
+        assert [document["_id"] for document in later] == [f"{client}{n:02}" for n in range(10, 15)]
+        before = await store.find(THINGS, mine, limit=3, after=("2026-01-01T05:00", ""))
+        assert [document["_id"] for document in before] == [f"{client}{n:02}" for n in (9, 8, 7)]
+        rest = await store.find(THINGS, mine, limit=500, after=("2026-01-01T11:00", ""), newest_first=False)
+        assert [document["_id"] for document in rest] == [f"{client}22", f"{client}23"]
+
+
 async def test_all_documents_are_gone_through_by_id(store: RecordStore) -> None:
     ids = [f"t{n:02}" for n in range(25)]
     for id in reversed(ids):

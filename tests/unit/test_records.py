@@ -20,6 +20,7 @@ from events.deployments import (
 )
 from events.fine_tuning import (
     DatasetRef,
+    FineTuneCancelRequested,
     FineTuneFailed,
     FineTuneProgressed,
     FineTuneQueued,
@@ -94,6 +95,14 @@ def test_a_final_state_never_changes() -> None:
     after = job.apply(envelope(late, 9))
     assert after is not None
     assert (after.status, after.error) == ("succeeded", None)
+
+
+def test_a_cancel_shows_the_same_whenever_it_is_read() -> None:
+    request, *training = history()
+    asked = envelope(FineTuneCancelRequested(job_id=JOB), 2)
+    made = [fold(Job, [request, *training[:n], asked, *training[n:]]) for n in range(len(training) + 1)]
+    assert all(job is not None and job.cancel_requested and not job.cancelling for job in made)
+    assert len({job.model_dump_json(exclude={"outbox"}) for job in made if job}) == 1
 
 
 def test_every_event_reads_back_as_written() -> None:
@@ -338,6 +347,8 @@ def test_a_route_that_sleeps_keeps_its_address() -> None:
     asleep = follow(awake, status(deployment(), DeploymentReady, 2, endpoints=["http://h:1"], replicas=0)).route
     assert awake.route is not None and asleep is not None
     assert (awake.route.asleep, asleep.asleep, asleep.endpoints) == (False, True, ["http://h:1"])
+    without = follow(awake, status(deployment(), DeploymentReady, 2, endpoints=[], replicas=0)).route
+    assert without is not None and without.asleep, "nor need it have one"
     starting = RouteRecord.of(deployment()).route
     assert starting is not None and not starting.asleep, "what never answered does not sleep"
     earlier = awake.route.model_dump(exclude={"replicas"})

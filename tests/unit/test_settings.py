@@ -1,6 +1,8 @@
 """Settings from the environment: what is misspelt, what is wrong, and what is not fit for production."""
 
 import asyncio
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -128,6 +130,7 @@ def test_what_is_fit_for_production_starts(process: str) -> None:
     [
         ("api", {"api": {"admin_token": None}}, "API__ADMIN_TOKEN"),
         ("api", {"api": {"admin_token": "short"}}, "API__ADMIN_TOKEN"),
+        ("api", {"api": {"keys": {"acme": hashlib.sha256(b"changeme").hexdigest()}}}, "API__KEYS"),
         ("relay", {"kafka": {"refill": True}}, "KAFKA__REFILL"),
         ("relay", {"kafka": {"idempotent": False}}, "KAFKA__IDEMPOTENT"),
         ("gateway", {"kafka": {"bootstrap": "kafka.example.com:9092"}}, "KAFKA__SECURITY"),
@@ -174,6 +177,27 @@ def test_the_embedded_defaults_are_refused_with_all_reasons_at_once() -> None:
     with pytest.raises(production.UnsafeSettings) as refused:
         production.check(Settings.model_validate({"production": True, "api": {"host": "::"}}), "api")
     assert len(str(refused.value).splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize("process", ["api", "gateway", "relay"])
+def test_that_anybody_may_ask_is_told(process: str, capsys: pytest.CaptureFixture[str]) -> None:
+    production.check(settings(), process)
+    assert ("production.no_keys" in capsys.readouterr().out) == (process != "relay")
+    production.check(settings(api={"keys": {"acme": "0" * 64}}), process)
+    assert "production.no_keys" not in capsys.readouterr().out
+
+
+def test_limits_and_keys_of_single_clients_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_STUDIO_GATEWAY__CLIENTS", '{"Acme": {"requests_s": 0.5, "streams": 3}}')
+    monkeypatch.setenv("MINI_STUDIO_API__KEYS", json.dumps({"Acme": "A" * 64, "*": ["b" * 64]}))
+    found = Settings()
+    assert found.api.keys == {"Acme": ["a" * 64], "*": ["b" * 64]}
+    limits = found.gateway.clients["Acme"]
+    assert (limits.requests_s, limits.tokens_min, limits.streams) == (0.5, None, 3)
+    for wrong in ('{"acme": {"requests_s": 0}}', '{"a b": {}}', '{"acme": {"request_s": 1}}'):
+        monkeypatch.setenv("MINI_STUDIO_GATEWAY__CLIENTS", wrong)
+        with pytest.raises(ValidationError):
+            Settings()
 
 
 def test_an_open_door_is_told_outside_production_too(capsys: pytest.CaptureFixture[str]) -> None:
