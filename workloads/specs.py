@@ -56,6 +56,7 @@ class TrainSpec(BaseModel):
     job_dir: Path
     dataset_path: Path = Field(description="JSON lines, validated when it was uploaded.")
     dataset_sha256: str
+    dataset_id: str = Field(default="", description="What its user knows the dataset by.")
     n_epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     learning_rate_multiplier: float = Field(gt=0)

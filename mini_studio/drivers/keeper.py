@@ -46,9 +46,12 @@ class Keeper:
     def forgive(self, content: Path) -> None:
         """A new generation starts with a clean slate, also where its content failed before."""
         for server in servers_in(content):
-            self._collect(server)
-            if not server.alive():
-                server.write(Process())
+            self.forgive_one(server)
+
+    def forgive_one(self, server: Server) -> None:
+        self._collect(server)
+        if server.lock_file.exists() and not server.alive():
+            server.write(Process())
 
     def end(self, server: Server) -> None:
         """Returns when the server is gone. Raises `Unavailable` if it will not go."""

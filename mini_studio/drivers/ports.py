@@ -135,7 +135,7 @@ class ReleaseReport:
     replicas: int = 0
     """Replicas that answer. None of a ready one: it sleeps, and requests that wait for it wake it."""
     endpoints: list[str] = field(default_factory=list)
-    """Base URLs where they answer: of each, e.g. `http://127.0.0.1:41234`, or one that stands before all of them."""
+    """Base URLs where they answer: of each, e.g. `http://127.0.0.1:41234`, or one that stands before all of them, also while it sleeps."""
     message: str = ""
 
 
@@ -154,6 +154,10 @@ class ServingDriver(Protocol):
 
         Raises `Unavailable` while some of them are still ending: call it again.
         """
+        ...
+
+    async def wake(self, name: str, deployment_id: str) -> None:
+        """A request waits for the release: start it at the next `apply`, if it sleeps. Whatever else it is, nothing happens."""
         ...
 
     def list(self) -> AsyncIterator[ReleaseReport]: ...

@@ -39,8 +39,6 @@ class Held:
         notes = []
         if self.spec.gpu_count > 0:
             notes.append(f"It is served on the CPU of this machine; gpu_count {self.spec.gpu_count} is ignored here.")
-        if self.spec.min_replicas < 1:
-            notes.append("One model server is always kept here; min_replicas 0 is ignored.")
         return notes
 
 

@@ -60,6 +60,7 @@ class S3Writer:
         self._place = {"Bucket": settings.bucket, "Key": key}
         self._held: list[bytes] = []
         self._held_bytes = 0
+        self._beginning: asyncio.Future[None] | None = None
         self._upload_id: str | None = None
         self._parts: list[asyncio.Task[dict[str, Any]]] = []
         self._slots = asyncio.Semaphore(PARTS_IN_FLIGHT)
@@ -88,10 +89,14 @@ class S3Writer:
         """Leave no orphan parts behind."""
         for task in self._parts:
             task.cancel()
-        await asyncio.gather(*self._parts, return_exceptions=True)
+        await asyncio.gather(*self._parts, *filter(None, [self._beginning]), return_exceptions=True)
         if self._upload_id is not None:
             with contextlib.suppress(ClientError, BotoCoreError):
                 await self._client.abort_multipart_upload(**self._place, UploadId=self._upload_id)
+
+    async def _begin(self) -> None:
+        begun = await self._client.create_multipart_upload(**self._place, ChecksumAlgorithm="CRC32")
+        self._upload_id = begun["UploadId"]
 
     async def _taken(self) -> Body:
         """What is held, joined in a thread."""
@@ -101,8 +106,9 @@ class S3Writer:
 
     async def _send(self, part: Body) -> None:
         if self._upload_id is None:
-            begun = await self._client.create_multipart_upload(**self._place, ChecksumAlgorithm="CRC32")
-            self._upload_id = begun["UploadId"]
+            self._beginning = asyncio.ensure_future(self._begin())
+            # Also when this is cancelled: an upload whose id nobody knows could not be aborted.
+            await asyncio.shield(self._beginning)
         await self._slots.acquire()
         done = [task for task in self._parts if task.done()]
         for task in done:

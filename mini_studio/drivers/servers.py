@@ -126,14 +126,19 @@ class Server:
                     return True
         return False
 
+    def terminate(self) -> bool:
+        """SIGTERM: it finishes what it has begun. False while its process cannot be found."""
+        found = self._psutil() if self.adopt() else None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if found is not None:
+                found.terminate()
+        return found is not None
+
     def stop(self) -> None:
         """SIGTERM, 5 s, SIGKILL, with its children. Returns when the slot is free, or when its process cannot be found."""
         if not self.alive() or not self.adopt():
             return
-        found = self._psutil()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if found is not None:
-                found.terminate()
+        self.terminate()
         if not self._gone(STOP_S) and (found := self._psutil()) is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(found.pid, signal.SIGKILL)

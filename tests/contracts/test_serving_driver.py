@@ -170,6 +170,17 @@ async def test_a_removed_name_is_free(bench: Bench) -> None:
     assert (await bench.settle(spec.name)).deployment_id == OTHER
 
 
+async def test_waking_what_is_awake_unknown_or_anothers_changes_nothing(bench: Bench) -> None:
+    spec = bench.spec(min_replicas=0)
+    before = await bench.settle(spec.name, spec)
+    assert (before.state, before.replicas) == (ReleaseState.READY, 1), "it has to become ready before it may sleep"
+    for name, id in ((spec.name, spec.deployment_id), (spec.name, OTHER), ("never", OTHER), ("../x", OTHER)):
+        await bench.driver.wake(name, id)
+    await bench.driver.apply(spec)
+    assert await bench.driver.observe(spec.name) == before
+    assert [report.name async for report in bench.driver.list()] == [spec.name]
+
+
 async def test_lists_all(bench: Bench) -> None:
     for name in ("b", "a"):
         await bench.driver.apply(bench.spec(name, deployment_id="dep_" + name * 24))

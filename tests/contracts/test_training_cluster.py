@@ -148,6 +148,26 @@ async def test_a_stopped_run_is_stopped(bench: Bench, id: str) -> None:
     await bench.cluster.stop(id)
 
 
+async def test_a_run_that_was_stopped_is_not_started_by_the_same_submission(bench: Bench, id: str) -> None:
+    spec = bench.spec()
+    await bench.submit(id, spec)
+    await bench.until(id, RunState.RUNNING)
+    await bench.cluster.stop(id)
+    await bench.until(id, RunState.STOPPED)
+    await bench.submit(id, spec)
+    assert (await bench.cluster.report(id)).state is RunState.STOPPED
+
+
+async def test_a_run_that_has_ended_is_not_stopped_any_more(bench: Bench, id: str) -> None:
+    spec = bench.spec()
+    await bench.submit(id, spec)
+    await bench.until(id, RunState.RUNNING)
+    bench.end(id, spec, 0)
+    await bench.until(id, RunState.SUCCEEDED)
+    await bench.cluster.stop(id)
+    assert (await bench.cluster.report(id)).state is RunState.SUCCEEDED
+
+
 async def test_what_it_does_not_know_is_lost(bench: Bench) -> None:
     assert (await bench.cluster.report("never")).state is RunState.LOST
     await bench.cluster.stop("never")

@@ -1,6 +1,7 @@
 """`python -m tests.fakes.model_server STATUS_FILE MODEL WEIGHTS HOST`: behaves as a model server does towards its driver, without a model.
 
-The model's name says what it does: `fails...` cannot load, `dies...` crashes at once, `stubborn...` ignores SIGTERM, all else serves.
+The model's name says what it does: `fails...` cannot load, `dies...` crashes at once, `stubborn...` ignores SIGTERM, all else serves,
+and finishes at SIGTERM what it answers. The body of a POST names a file: the answer goes on until that is there.
 """
 
 import http.server
@@ -8,6 +9,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 
@@ -29,10 +32,16 @@ def main() -> int:
     if model.startswith("dies"):
         print("a traceback that says why", flush=True)
         return 3
-    with http.server.ThreadingHTTPServer((host, 0), handler(model, weights)) as server:
+    with Serving((host, 0), handler(model, weights)) as server:
+        if not model.startswith("stubborn"):
+            signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
         tell("ready", port=server.server_port)
         server.serve_forever()
     return 0
+
+
+class Serving(http.server.ThreadingHTTPServer):
+    daemon_threads = False
 
 
 def handler(model: str, weights: str) -> type[http.server.BaseHTTPRequestHandler]:
@@ -43,6 +52,16 @@ def handler(model: str, weights: str) -> type[http.server.BaseHTTPRequestHandler
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            file = Path(self.rfile.read(int(self.headers["content-length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+            while not file.exists():
+                self.wfile.write(b".")
+                self.wfile.flush()
+                time.sleep(0.02)
+            self.wfile.write(b"end")
 
     return Handler
 

@@ -28,6 +28,8 @@ class FakeServingDriver:
         """While true every call fails as if the backend did not answer."""
         self.refuses: str | None = None
         """While set every `apply` is refused with this message."""
+        self.woken: list[str] = []
+        """Names of the releases that it was told to wake."""
         self.endpoint = "http://127.0.0.1:9"
         """What a ready release answers at; tests may point it at a stub server."""
 
@@ -89,6 +91,13 @@ class FakeServingDriver:
         held = self.releases.get(name)
         if held and held.spec.deployment_id == deployment_id and held.spec.generation <= generation:
             del self.releases[name]
+
+    async def wake(self, name: str, deployment_id: str) -> None:
+        self._answer()
+        self.woken.append(name)
+        held = self.releases.get(name)
+        if held is not None and held.spec.deployment_id == deployment_id and held.replicas == 0:
+            held.replicas = None
 
     async def list(self) -> AsyncIterator[ReleaseReport]:
         for name in sorted(self.releases):

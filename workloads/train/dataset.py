@@ -62,13 +62,14 @@ class Pieces:
     keep_from: int
 
 
-def check_hash(path: Path, expected: str) -> None:
+def check_hash(path: Path, expected: str, dataset_id: str = "") -> None:
     """Raises `dataset_changed` unless the file is the one that was uploaded."""
     try:
         actual = sha256_of(path)
     except FileNotFoundError as error:
         raise TrainingFailure(
-            "dataset_changed", f"The dataset file {path} has gone; upload the dataset again."
+            "dataset_changed",
+            f"The file {path} of dataset {dataset_id} has gone: was the dataset deleted? Upload it again, and submit again.",
         ) from error
     if actual != expected:
         raise TrainingFailure(

@@ -38,7 +38,7 @@ def train(attempt: Attempt) -> None:
 def prepare(attempt: Attempt) -> Checkpoint | None:
     """What is done once, however many workers there are; the checkpoint to go on from."""
     attempt.preparing("checking the dataset")
-    check_hash(attempt.spec.dataset_path, attempt.spec.dataset_sha256)
+    check_hash(attempt.spec.dataset_path, attempt.spec.dataset_sha256, attempt.spec.dataset_id)
     _base_model(attempt)
     return adopt(attempt)
 

@@ -117,6 +117,9 @@ class KubernetesDriver:
         for kind in KINDS:
             self._answers.pop((kind, name), None)
 
+    async def wake(self, name: str, deployment_id: str) -> None:
+        """KEDA does, by the same load."""
+
     async def list(self) -> AsyncIterator[ReleaseReport]:
         """Releases, and what is left of any whose Deployment is gone."""
         await self._synced()

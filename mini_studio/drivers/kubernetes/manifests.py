@@ -45,7 +45,7 @@ MIDDLEWARE_FOLDER = "/opt/mini-studio"
 DRAIN_S = 5
 """A pod goes on answering so long after it was told to go, until every gateway and proxy has taken note."""
 GRACE_S = 330
-"""Longest answer that a pod may finish: as long as a gateway waits for one (`api.upstream_read_s`), and the drain."""
+"""Longest answer that a pod may finish: as long as a gateway waits for one (`gateway.first_byte_s`), and the drain."""
 MAX_STABILIZATION_S = 3600
 
 

@@ -185,8 +185,9 @@ def test_a_changed_dataset_is_noticed(pairs_file: Path) -> None:
         check_hash(pairs_file, "0" * 64)
     assert failure.value.code == "dataset_changed"
     with pytest.raises(TrainingFailure) as failure:
-        check_hash(pairs_file.with_name("gone"), "0" * 64)
+        check_hash(pairs_file.with_name("gone"), "0" * 64, "ds_of_its_user")
     assert failure.value.code == "dataset_changed"
+    assert "ds_of_its_user" in str(failure.value)
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_the_seed(tokenizer: Any, pairs_file: Path) -> None:
