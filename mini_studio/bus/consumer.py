@@ -23,7 +23,7 @@ from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLS
 
 from events.base import Envelope, Event
 from events.registry import BY_TYPE
-from events.topics import Topic
+from events.topics import Plain, Topic
 from mini_studio.bus.connection import security_options, unavailable
 from mini_studio.bus.delivery import Delivery, bound, no_decoding, parse, redriven_for, text_headers
 from mini_studio.bus.kafka import READERS, Publisher
@@ -66,13 +66,21 @@ class Consumer:
     """Declares what one consumer does; `broker` binds it to a studio. Declaring connects to nothing."""
 
     def __init__(
-        self, name: str, group: str | None = None, max_records: int = 500, longest_s: float = LONGEST_BATCH_S
+        self,
+        name: str,
+        group: str | None = None,
+        max_records: int = 500,
+        longest_s: float = LONGEST_BATCH_S,
+        *,
+        routes: bool = False,
     ) -> None:
         self.name = name
+        self.routes = routes
+        """Whether routes come from it, so that it waits for news as the gateways do."""
         self.max_records = max_records
         self.longest_s = longest_s
         self.group = group or f"mini-studio.{name}"
-        self.topics: tuple[Topic, ...] = READERS[name]
+        self.topics: tuple[Topic | Plain, ...] = READERS[name]
         self.handlers: dict[type[Event], Handler] = {}
         self.services: list[Service] = []
         self._projector: Projector | None = None
@@ -138,7 +146,7 @@ class Consumer:
                 heartbeat_interval_ms=settings.session_timeout_ms // 10,
                 max_poll_interval_ms=int(self.longest_s * 1000),
                 listener=handover,
-                fetch_max_wait_ms=settings.fetch_wait_ms,
+                fetch_max_wait_ms=settings.routes_wait_ms if self.routes else settings.fetch_wait_ms,
                 parser=parse,
                 decoder=no_decoding,
             )
@@ -154,25 +162,26 @@ class Consumer:
                     for record in records:
                         at = f"{record.topic}/{record.partition}@{record.offset}"
                         log.debug("consumer.received", consumer=self.name, place=at)
-                await take(records)
+                await self.take(records, delivery, studio)
+                delivery.forget(records)
             finally:
                 self.busy, self.touched_at = False, time.monotonic()
 
-        async def take(records: tuple[Any, ...]) -> None:
-            every = ((record, text_headers(record)) for record in records)
-            told = [(record, headers) for record, headers in every if self.wants(record, headers)]
-            journal = await self._journal(told, delivery, studio)
-
-            async def one(record: Any, headers: dict[str, str]) -> None:
-                await self.deliver(event_of(record, headers, journal), studio)
-
-            if not await self._project(told, journal, delivery, studio):
-                with bound():
-                    for record, headers in told:
-                        await delivery.deliver(record, headers, one)
-            delivery.forget(records)
-
         return handle
+
+    async def take(self, records: tuple[Any, ...], delivery: Delivery, studio: Any) -> None:
+        """Have the records handled, put aside, or (by `NackMessage`) put off."""
+        every = ((record, text_headers(record)) for record in records)
+        told = [(record, headers) for record, headers in every if self.wants(record, headers)]
+        journal = await self._journal(told, delivery, studio)
+
+        async def one(record: Any, headers: dict[str, str]) -> None:
+            await self.deliver(event_of(record, headers, journal), studio)
+
+        if not await self._project(told, journal, delivery, studio):
+            with bound():
+                for record, headers in told:
+                    await delivery.deliver(record, headers, one)
 
     def wants(self, record: Any, headers: dict[str, str]) -> bool:
         """False for what is none of this consumer's business: another one's redrive, or a known type. It need not even be decoded."""

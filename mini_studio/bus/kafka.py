@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
-from events.topics import ROUTES, Topic, dead_letter_topic
+from events.topics import ROUTES, Plain, Topic, dead_letter_topic
 from mini_studio.bus.connection import client_options, unavailable
 from mini_studio.errors import Unavailable
 from mini_studio.settings import MIB, Kafka
@@ -23,20 +23,25 @@ MAX_RECORD_BYTES, MAX_DEAD_LETTER_BYTES = 2 * MIB, 3 * MIB
 """Largest record of a topic: whatever an event topic took has room in its dead-letter topics, with why it is there."""
 MAX_SENT_BYTES = 64 * MIB
 """The topics set the limit, not the client: the embedded broker takes any size, and what it took has to be put aside as well."""
-READERS: dict[str, tuple[Topic, ...]] = {
+USAGE_RETENTION_MS = 7 * 24 * 3600 * 1000
+"""How long the topic of usage keeps its batches: time for its consumer, and other subscribers, to be away."""
+HINT_MS = 3_600_000
+"""How long a topic of hints keeps them: nobody reads it but for its end."""
+READERS: dict[str, tuple[Topic | Plain, ...]] = {
     "datasets": (Topic.DATASETS,),
     "training": (Topic.FINE_TUNES,),
     "serving": (Topic.DEPLOYMENTS,),
     "jobs": (Topic.FINE_TUNES,),
     "routes": (Topic.DEPLOYMENTS,),
+    "usage": (Plain.USAGE,),
 }
 """Which consumer reads which topics."""
 
 
 def all_topics() -> list[str]:
-    """Every topic the studio uses: events, routes, and each consumer's dead letters."""
+    """Every topic the studio uses: events, usage, wake-ups, routes, and each consumer's dead letters."""
     dead = [dead_letter_topic(topic, name) for name, topics in READERS.items() for topic in topics]
-    return [*(topic.value for topic in Topic), ROUTES, *dead]
+    return [*(topic.value for topic in (*Topic, *Plain)), ROUTES, *dead]
 
 
 async def create_topics(settings: Kafka) -> list[str]:
@@ -59,11 +64,13 @@ async def create_topics(settings: Kafka) -> list[str]:
 
 
 def _new_topic(name: str, settings: Kafka) -> NewTopic:
-    configs = {"cleanup.policy": "compact"} if name == ROUTES else {"retention.ms": str(settings.retention_ms)}
+    kept_ms = {Plain.USAGE.value: USAGE_RETENTION_MS, Plain.WAKEUPS.value: HINT_MS}
+    retention_ms = kept_ms.get(name, settings.retention_ms)
+    configs = {"cleanup.policy": "compact"} if name == ROUTES else {"retention.ms": str(retention_ms)}
     # A write is acknowledged by all replicas but one at least: one may be away, and none that answers lacks it.
     configs["min.insync.replicas"] = str(max(1, settings.replication - 1))
     configs["max.message.bytes"] = str(MAX_DEAD_LETTER_BYTES if name.endswith(".dead") else MAX_RECORD_BYTES)
-    partitions = 1 if name == ROUTES else settings.partitions
+    partitions = 1 if name in (ROUTES, Plain.WAKEUPS) else settings.partitions
     return NewTopic(name, partitions, settings.replication, topic_configs=configs)
 
 

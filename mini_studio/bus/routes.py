@@ -35,6 +35,8 @@ class RouteTable:
         self._revisions: dict[str, int] = {}
         """Revision last applied per key. Tombstones count: without them a late duplicate would bring a route back."""
         self._changed = asyncio.Event()
+        self.version = 0
+        """Grows with every change, for whoever keeps what it looked up."""
         self.loaded = False
         """Whether the feed has read the log to its end once."""
 
@@ -51,6 +53,7 @@ class RouteTable:
             self._routes[key] = route
             for name in self._names(route):
                 self._named.setdefault(name, []).append(route)
+        self.version += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -58,6 +61,11 @@ class RouteTable:
         """Return when the table has come so far. Each change wakes who waits."""
         while not reached():
             await self._changed.wait()
+
+    async def changed(self, since: int) -> int:
+        """Return the version, once it is not `since`."""
+        await self.until(lambda: self.version != since)
+        return self.version
 
     def lookup(self, client_code: str | None, model: str) -> Route | None:
         """The client's own fine-tuned model first (by its name, else the latest of that base), then bases."""
@@ -127,7 +135,7 @@ class RouteFeed:
             **client_options(self._settings),
             auto_offset_reset="earliest",
             enable_auto_commit=False,
-            fetch_max_wait_ms=self._settings.fetch_wait_ms,
+            fetch_max_wait_ms=self._settings.routes_wait_ms,
         )
         try:
             await asyncio.wait_for(consumer.start(), START_S)
@@ -145,7 +153,7 @@ class RouteFeed:
 
     def _listen(self, silent_s: float) -> None:
         """Take note of how long the broker has said nothing; an idle one answers every fetch when its wait is over."""
-        overdue_s = silent_s - self._settings.fetch_wait_ms / 1000
+        overdue_s = silent_s - self._settings.routes_wait_ms / 1000
         if overdue_s > REPLACED_AFTER_S:
             raise TimeoutError(f"the broker has not answered for {silent_s:.0f} s")
         silent = f"the routes cannot be followed: the broker has not answered for {silent_s:.1f} s"

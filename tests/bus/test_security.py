@@ -11,10 +11,10 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from events.fine_tuning import FineTuneRequested
-from events.topics import ROUTES, Topic
+from events.topics import ROUTES, Plain, Topic
 from mini_studio.bus.connection import client_options
 from mini_studio.bus.consumer import Consumer, start_broker
-from mini_studio.bus.kafka import Outgoing, Publisher, all_topics, create_topics
+from mini_studio.bus.kafka import HINT_MS, USAGE_RETENTION_MS, Outgoing, Publisher, all_topics, create_topics
 from mini_studio.bus.liveness import Liveness, within_reach
 from mini_studio.bus.reading import read_whole
 from mini_studio.bus.routes import RouteFeed, RouteTable
@@ -106,7 +106,7 @@ async def test_topics_keep_events_for_ever_and_only_the_last_routes(secured: Sec
     configs = {found[3]: {entry[0]: entry[1] for entry in found[4]} for answer in answers for found in answer.resources}
     assert set(configs) == set(all_topics())
     for name, config in configs.items():
-        expected = (
-            {"cleanup.policy": "compact"} if name == ROUTES else {"cleanup.policy": "delete", "retention.ms": "-1"}
-        )
+        kept_ms = {Plain.WAKEUPS.value: HINT_MS, Plain.USAGE.value: USAGE_RETENTION_MS}.get(name, -1)
+        kept = {"cleanup.policy": "delete", "retention.ms": str(kept_ms)}
+        expected = {"cleanup.policy": "compact"} if name == ROUTES else kept
         assert config.items() >= {**expected, "retention.bytes": "-1", "min.insync.replicas": "1"}.items(), name
