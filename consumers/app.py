@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 from faststream.kafka import KafkaBroker
 
-from consumers import datasets, jobs, routes, serving, training
+from consumers import datasets, jobs, routes, serving, training, usage
 from mini_studio.bus.consumer import Consumer, start_broker
 from mini_studio.bus.liveness import Liveness
 from mini_studio.health import Health, serve_health
@@ -19,7 +19,7 @@ from mini_studio.wiring import DECIDED_BY, Studio, open_studio
 log = structlog.get_logger(__name__)
 
 CONSUMERS: dict[str, Consumer] = {
-    module.consumer.name: module.consumer for module in (datasets, training, serving, jobs, routes)
+    module.consumer.name: module.consumer for module in (datasets, training, serving, jobs, routes, usage)
 }
 
 

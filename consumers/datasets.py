@@ -1,15 +1,17 @@
-"""Consumer `datasets`: reads both stored copies of an upload back, and profiles it."""
+"""Consumer `datasets`: reads both stored copies of an upload back, and profiles it; removes those of a deleted one."""
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Any
 
 import structlog
 
 from consumers.watchers import turn
 from events.base import Envelope
-from events.datasets import DatasetProfiled, DatasetUploaded
+from events.datasets import DatasetDeleted, DatasetProfiled, DatasetUploaded
 from mini_studio.bus.consumer import Consumer
 from mini_studio.errors import NotFound
 from mini_studio.ingest import PREFIX, key_of, orphans
@@ -46,9 +48,13 @@ async def sweep(studio: Studio) -> None:
 
 
 async def recorded(studio: Studio, key: str) -> bool:
-    """Whether a record names the blob, by path or by URI: a moved data folder changes the one, a renamed bucket the other."""
-    by_path = await studio.datasets.where(ANYONE, limit=1, dfs_path=studio.dfs.location(key))
-    return bool(by_path or await studio.datasets.where(ANYONE, limit=1, s3_uri=studio.s3.location(key)))
+    """Whether a record names the blob, by path or by URI: a moved data folder changes the one, a renamed bucket the other.
+
+    That of a deleted dataset does not count: should `remove` have failed for good, the sweep takes its bytes.
+    """
+    found = await studio.datasets.where(ANYONE, limit=1, dfs_path=studio.dfs.location(key))
+    found = found or await studio.datasets.where(ANYONE, limit=1, s3_uri=studio.s3.location(key))
+    return bool(found) and not found[0].deleted
 
 
 @consumer.on(DatasetUploaded)
@@ -58,22 +64,44 @@ async def profile(envelope: Envelope[DatasetUploaded], studio: Studio) -> None:
     if await studio.profiles.get(ANYONE, envelope.subject) is not None:
         return
     event = await examine(envelope, studio)
-    record = DatasetProfile(
+    try:
+        await studio.profiles.insert(profile_of(envelope).deciding(event))
+    except DuplicateRecord:
+        return
+
+
+def profile_of(envelope: Envelope[Any]) -> DatasetProfile:
+    """A new one, of which nothing is decided."""
+    return DatasetProfile(
         id=envelope.subject,
         client_code=envelope.client_code,
         created_at=timestamp(envelope.time),
         cause=envelope.follows(),
     )
-    try:
-        await studio.profiles.insert(record.deciding(event))
-    except DuplicateRecord:
-        return
 
 
 @consumer.on(DatasetProfiled)
 async def project(envelope: Envelope[DatasetProfiled], studio: Studio) -> None:
     """Show the profile in the dataset's record."""
     await studio.datasets.apply(envelope)
+
+
+@consumer.on(DatasetDeleted)
+async def remove(envelope: Envelope[DatasetDeleted], studio: Studio) -> None:
+    """Remove both copies, and take note of it: an upload that is read after this is not profiled any more."""
+    await studio.datasets.apply(envelope)
+    known = await studio.profiles.get(ANYONE, envelope.subject)
+    if known is not None and known.removed:
+        return
+    await studio.load_s3()
+    await studio.intake.forget(key_of(envelope.data.dfs_path))
+    with contextlib.suppress(DuplicateRecord):
+        await studio.profiles.insert(profile_of(envelope).model_copy(update={"removed": True}))
+    await studio.profiles.change(
+        ANYONE,
+        envelope.subject,
+        lambda profile: None if profile.removed else profile.model_copy(update={"removed": True}),
+    )
 
 
 async def examine(envelope: Envelope[DatasetUploaded], studio: Studio) -> DatasetProfiled:

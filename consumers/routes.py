@@ -16,7 +16,7 @@ from mini_studio.records.record import ANYONE
 from mini_studio.records.routes import RouteRecord
 from mini_studio.wiring import Studio
 
-consumer = Consumer("routes")
+consumer = Consumer("routes", routes=True)
 
 
 @consumer.projects(

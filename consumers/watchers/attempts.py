@@ -58,6 +58,7 @@ def train_spec(run: TrainingRun, settings: Settings) -> TrainSpec:
         job_dir=job_folder(run, settings),
         dataset_path=settings.dfs / key_of(run.request.dataset.dfs_path),  # the data folder may have moved
         dataset_sha256=run.request.dataset.sha256,
+        dataset_id=run.request.dataset.id,
         n_epochs=parameters.n_epochs,
         batch_size=parameters.batch_size,
         learning_rate_multiplier=parameters.learning_rate_multiplier,
@@ -103,6 +104,12 @@ def void(job_dir: Path, token: str) -> None:
             file.unlink()
 
 
+def fence(job_dir: Path) -> None:
+    """Take the token away, whoever has it: nobody trains for this job any more."""
+    with contextlib.suppress(*ABSENT):
+        (job_dir / CURRENT_ATTEMPT).unlink()
+
+
 def give_up(job_dir: Path, token: str, over: bool) -> None:
     """Void a lost attempt; after the last one nobody needs the checkpoints."""
     void(job_dir, token)
@@ -114,6 +121,14 @@ def remove_checkpoints(job_dir: Path) -> None:
     """The job is over. What an attempt that does not know it yet writes late stays, until its fence ends it."""
     for folder in job_dir.glob(f"attempts/*/{CHECKPOINTS}"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_artifacts(job_dir: Path) -> None:
+    """The job was cancelled: nothing that its attempts made is of use. What they said stays."""
+    for folder in job_dir.glob("attempts/*"):
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: it says that the rest is complete
+        shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
+    remove_checkpoints(job_dir)
 
 
 def read_progress(attempt: Path, offset: int) -> tuple[list[Progress], int]:

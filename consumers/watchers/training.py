@@ -14,6 +14,7 @@ import structlog
 from consumers.watchers import apart, attempts, turn
 from consumers.watchers.decisions import Action, Announce, Attempt, Commit, Fail, Lose, Report, Start, next_actions
 from events.fine_tuning import FineTuneSucceeded
+from mini_studio.drivers.ports import RunState
 from mini_studio.errors import Denied, Refused, Unavailable
 from mini_studio.records.record import ANYONE, Change
 from mini_studio.records.training_runs import RunPhase, TrainingRun
@@ -21,6 +22,7 @@ from mini_studio.wiring import Studio
 
 log = structlog.get_logger(__name__)
 
+ACTIVE = (RunPhase.COMMITTED, RunPhase.CANCELLING, RunPhase.RUNNING, RunPhase.SUBMITTED)
 IDLE_S = 10.0
 LOG_LINES = 20
 
@@ -32,9 +34,7 @@ async def watch(studio: Studio) -> None:
 
 async def reconcile(studio: Studio) -> float:
     """One turn over all runs that are not over; the seconds until the next one."""
-    active = [
-        run for phase in (RunPhase.COMMITTED, RunPhase.RUNNING, RunPhase.SUBMITTED) for run in await by(studio, phase)
-    ]
+    active = [run for phase in ACTIVE for run in await by(studio, phase)]
     for run in active:
         with bound(run), apart():
             await follow(run, studio)
@@ -91,6 +91,10 @@ async def submit(run: TrainingRun, studio: Studio) -> None:
         message = f"The attempt's folder cannot be written: {error}. Check the models folder's free space and rights, and submit again."
         await end(run, studio, code=code, message=message)
         return
+    if not await current(run, studio):
+        # Behind who voided the attempt, its token was written again; nobody would look for its trainer.
+        await asyncio.to_thread(attempts.void, spec.job_dir, run.token)
+        return
     try:
         await studio.cluster.submit(
             run.submission_id,
@@ -106,8 +110,17 @@ async def submit(run: TrainingRun, studio: Studio) -> None:
         log.warning("training.submit_unknown", reason=error.message)
 
 
+async def current(run: TrainingRun, studio: Studio) -> bool:
+    """Whether the attempt is still the one to submit: by now it may be cancelled, or another watcher has given it up."""
+    present = await studio.runs.get(run.client_code, run.id)
+    return present is not None and (present.phase, present.token) == (RunPhase.SUBMITTED, run.token)
+
+
 async def follow(run: TrainingRun, studio: Studio) -> None:
     """Look at the attempt, decide, act: report what it wrote; commit it, fail it, or count it as lost."""
+    if run.phase is RunPhase.CANCELLING:
+        await cancel(run, studio)
+        return
     seen = Attempt() if run.phase is RunPhase.COMMITTED else await observe(run, studio)
     for action in next_actions(run, seen):
         await act(action, run, studio)
@@ -195,3 +208,31 @@ async def lose(run: TrainingRun, lost: Lose, studio: Studio) -> None:
         job_folder = attempts.job_folder(run, studio.settings)
         await asyncio.to_thread(attempts.give_up, job_folder, run.token, done.phase.over)
         studio.runs_changed.set()
+
+
+async def cancel(run: TrainingRun, studio: Studio) -> None:
+    """Take the token from whoever trains for the job, have it stopped, remove what it made, and say so."""
+    job_folder = attempts.job_folder(run, studio.settings)
+    await asyncio.to_thread(attempts.fence, job_folder)
+    if not await ended(run, studio):
+        return
+    await asyncio.to_thread(attempts.remove_artifacts, job_folder)
+    if await change(run, studio, lambda r: r.cancelled()) is not None:
+        log.info("training.cancelled")
+
+
+async def ended(run: TrainingRun, studio: Studio) -> bool:
+    """Whether the cluster has ended the training. It need not answer for ever: without its token a trainer ends by itself.
+
+    It is asked to stop it at every turn: one that is pending is stopped only once it has started.
+    """
+    given_up = time.time() - run.cancelling_since > studio.settings.training.lost_after_s
+    try:
+        report = await studio.cluster.report(run.submission_id)
+        if report.state in (RunState.PENDING, RunState.RUNNING):
+            await studio.cluster.stop(run.submission_id)
+            return given_up
+    except (Refused, Unavailable) as error:
+        log.warning("training.cannot_stop", reason=error.message, given_up=given_up)
+        return given_up
+    return True

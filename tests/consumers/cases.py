@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from events.base import Cause, Envelope, Event
-from events.datasets import DatasetUploaded
+from events.datasets import DatasetDeleted, DatasetUploaded
 from events.deployments import DeploymentReady, DeployRequested, Scale
-from events.fine_tuning import DatasetRef, FineTuneRequested, FineTuneStarted, Hyperparameters
+from events.fine_tuning import DatasetRef, FineTuneCancelRequested, FineTuneRequested, FineTuneStarted, Hyperparameters
 from events.topics import Topic
 from events.types import DatasetFormat, DeploymentKind, new_id
 from mini_studio.bus.relay import outgoing
@@ -19,6 +19,7 @@ from mini_studio.records.jobs import Job
 from mini_studio.records.projection import requested
 from mini_studio.records.record import ANYONE
 from mini_studio.records.store import Collection
+from mini_studio.records.training_runs import RunPhase
 from mini_studio.wiring import Studio
 
 CAUSE = Cause(correlation_id="a-request")
@@ -40,6 +41,8 @@ class Case:
     """Types of the events that the consumer answers with, in order."""
     effect: tuple[str, str]
     """Method and collection of the write after which a crash is played."""
+    name: str = ""
+    """Default: the consumer's."""
 
 
 @dataclass
@@ -94,6 +97,13 @@ async def an_upload(studio: Studio) -> list[Envelope[Any]]:
     return [envelope(event, id)]
 
 
+async def a_deleted_upload(studio: Studio) -> list[Envelope[Any]]:
+    (uploaded,) = await an_upload(studio)
+    event = uploaded.data
+    deleted = DatasetDeleted(dataset_id=event.dataset_id, dfs_path=event.dfs_path, s3_uri=event.s3_uri)
+    return [uploaded, envelope(deleted, uploaded.subject, 2)]
+
+
 def fine_tune(id: str) -> FineTuneRequested:
     return FineTuneRequested(
         job_id=id,
@@ -115,6 +125,11 @@ def a_requested_job() -> Job:
 async def a_fine_tune(studio: Studio) -> list[Envelope[Any]]:
     id = new_id("job")
     return [envelope(fine_tune(id), id)]
+
+
+async def a_cancelled_fine_tune(studio: Studio) -> list[Envelope[Any]]:
+    id = new_id("job")
+    return [envelope(fine_tune(id), id), envelope(FineTuneCancelRequested(job_id=id), id, 2)]
 
 
 async def a_started_fine_tune(studio: Studio) -> list[Envelope[Any]]:
@@ -148,6 +163,25 @@ async def profiled(studio: Studio, id: str) -> dict[str, Any] | None:
     return found.model_dump(exclude={"outbox"}) if found and found.state == "verified" else None
 
 
+async def removed(studio: Studio, id: str) -> dict[str, Any] | None:
+    found, profile = await studio.datasets.get("acme", id), await studio.profiles.get("acme", id)
+    if found is None or not found.deleted or profile is None or not profile.removed:
+        return None
+    left = [key for store in (studio.dfs, studio.s3) async for key, _, _ in store.list(f"datasets/{id}")]
+    return {"state": found.state, "left": left, "version": profile.version}
+
+
+async def cancelled(studio: Studio, id: str) -> dict[str, Any] | None:
+    run = await studio.runs.get("acme", id)
+    if run is None or run.phase is not RunPhase.CANCELLED:
+        return None
+    trainers = studio.cluster.runs  # type: ignore[attr-defined]
+    return {
+        "run": run.phase,
+        "trains": [name for name, held in trainers.items() if name.startswith(id) and held.state == "running"],
+    }
+
+
 async def submitted(studio: Studio, id: str) -> dict[str, Any] | None:
     found = await studio.runs.get("acme", id)
     runs = studio.cluster.runs  # type: ignore[attr-defined]
@@ -177,12 +211,16 @@ def insert(collection: str) -> tuple[str, str]:
     return "insert", collection
 
 
+def replace(collection: str) -> tuple[str, str]:
+    return "replace", collection
+
+
 def put_all(collection: str) -> tuple[str, str]:
     return "put_all", collection
 
 
 CASES = {
-    case.consumer: case
+    case.name or case.consumer: case
     for case in (
         Case("datasets", Topic.DATASETS, an_upload, profiled, ["dataset.profiled.v1"], insert("dataset_profiles")),
         Case("training", Topic.FINE_TUNES, a_fine_tune, submitted, ["fine_tune.queued.v1"], insert("training_runs")),
@@ -191,6 +229,14 @@ CASES = {
             ["deployment.applied.v1", "deployment.ready.v1"], insert("releases"),
         ),
         Case("jobs", Topic.FINE_TUNES, a_started_fine_tune, job_runs, [], put_all("jobs")),
+        Case(
+            "training", Topic.FINE_TUNES, a_cancelled_fine_tune, cancelled,
+            ["fine_tune.queued.v1", "fine_tune.cancelled.v1"], replace("training_runs"), name="training cancels",
+        ),
+        Case(
+            "datasets", Topic.DATASETS, a_deleted_upload, removed, ["dataset.profiled.v1"],
+            replace("dataset_profiles"), name="datasets removes",
+        ),
         Case("routes", Topic.DEPLOYMENTS, a_ready_deployment, routed, [], put_all("routes")),
     )
 }  # fmt: skip

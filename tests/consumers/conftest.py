@@ -25,9 +25,10 @@ from tests.fakes.serving_driver import FakeServingDriver
 from tests.fakes.training_cluster import FakeTrainingCluster
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(CONSUMERS))
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=list(CASES))
 async def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     """A studio whose one consumer runs."""
+    case = CASES[request.param]
     data: Path = tmp_path_factory.mktemp(request.param)
     with running_broker() as bootstrap:
         settings = Settings(
@@ -41,9 +42,9 @@ async def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
             studio.cluster = FakeTrainingCluster()
             studio.serving = FakeServingDriver()
             health, stop = Health(), asyncio.Event()
-            running: asyncio.Task[Any] = asyncio.create_task(run_one(CONSUMERS[request.param], studio, health, stop))
+            running: asyncio.Task[Any] = asyncio.create_task(run_one(CONSUMERS[case.consumer], studio, health, stop))
             sweeping = asyncio.create_task(Relay(studio.store, studio.publisher, COLLECTIONS, poll_s=0.5).run())
-            yield World(studio, CASES[request.param])
+            yield World(studio, case)
             stop.set()
             sweeping.cancel()
             with contextlib.suppress(asyncio.CancelledError):

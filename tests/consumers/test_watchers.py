@@ -421,6 +421,46 @@ async def test_a_deployment_that_wakes_stays_ready_however_long_it_sleeps(
     assert told(await release_of(studio, request)) == ["deployment.applied.v1", *3 * ["deployment.ready.v1"]]
 
 
+async def test_a_wake_up_is_followed_at_once_for_what_sleeps_and_for_nothing_else(
+    studio: Studio, servers: FakeServingDriver
+) -> None:
+    sleeping, awake = await released(studio, min_replicas=0), await released(studio, min_replicas=0)
+    await serving.reconcile(studio)
+    servers.scale(sleeping.name, 0)
+    await serving.reconcile(studio)
+    for id in (sleeping.deployment_id, awake.deployment_id, new_id("dep"), "../x"):
+        await serving.wake(id, studio)
+    assert servers.woken == [sleeping.name]
+    release = await release_of(studio, sleeping)
+    assert (release.status, release.replicas) == ("ready", 1), "applied and reported, without another turn"
+
+
+async def test_what_wakes_is_looked_at_often(studio: Studio, servers: FakeServingDriver) -> None:
+    studio.settings.serving.poll_s = 5.0
+    request = await released(studio, min_replicas=0)
+    await serving.reconcile(studio)
+    servers.scale(request.name, 0)
+    assert await serving.reconcile(studio) == 5.0
+    servers.crash(request.name)  # a replica starts
+    await serving.wake(request.deployment_id, studio)
+    assert studio.releases_changed.is_set()
+    assert await serving.reconcile(studio) == serving.WAKING_S
+
+
+async def test_a_removed_or_unreachable_release_is_not_woken(studio: Studio, servers: FakeServingDriver) -> None:
+    request = await released(studio, min_replicas=0)
+    await serving.reconcile(studio)
+    servers.scale(request.name, 0)
+    await serving.reconcile(studio)
+    servers.away = True
+    await serving.wake(request.deployment_id, studio)
+    servers.away = False
+    undeploy = UndeployRequested(deployment_id=request.deployment_id, generation=2, name=request.name)
+    await studio.releases.change(ANYONE, request.deployment_id, lambda r: r.want(envelope(undeploy, r.id)))
+    await serving.wake(request.deployment_id, studio)
+    assert servers.woken == []
+
+
 async def test_a_server_that_crashes_after_long_service_is_starting_not_late(
     studio: Studio, servers: FakeServingDriver
 ) -> None:

@@ -1,10 +1,11 @@
-"""A studio that has lived: all five consumers made its records over a real broker, then they were stopped."""
+"""A studio that has lived: all consumers made its records over a real broker, then they were stopped."""
 
 import asyncio
 import contextlib
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ import pytest_asyncio
 
 from consumers.app import CONSUMERS, run_one
 from consumers.watchers import attempts
+from events.datasets import DatasetDeleted
+from events.fine_tuning import FineTuneCancelRequested
+from events.topics import Plain
 from events.types import new_id
-from mini_studio.bus.kafka import create_topics
+from events.usage import TYPE, UsageBatch, UsageRecord
+from mini_studio.bus.kafka import Outgoing, create_topics
 from mini_studio.drivers.dfs import DfsStore
 from mini_studio.health import Health
 from mini_studio.records.datasets import Dataset
@@ -30,7 +35,7 @@ from tests.fakes.broker import running_broker
 from tests.fakes.serving_driver import FakeServingDriver
 from tests.fakes.training_cluster import FakeTrainingCluster
 
-SUCCEEDED, RUNNING, DEPLOYED, REMOVED = 4, 3, 3, 2
+SUCCEEDED, RUNNING, CANCELLED, DEPLOYED, REMOVED = 4, 3, 1, 3, 2
 
 
 @dataclass
@@ -38,7 +43,7 @@ class Lived:
     """Its settings, with a data folder of the test's own and the broker that holds its log."""
 
     settings: Settings
-    jobs: int = SUCCEEDED + RUNNING
+    jobs: int = SUCCEEDED + RUNNING + CANCELLED
     deployments: int = DEPLOYED + REMOVED
 
 
@@ -62,7 +67,7 @@ def lived(life: Settings, tmp_path: Path) -> Lived:
 
 @contextlib.asynccontextmanager
 async def consuming(studio: Studio) -> AsyncIterator[None]:
-    """All five consumers and their watchers run."""
+    """All consumers and their watchers run."""
     studio.s3 = DfsStore(studio.settings.data / "s3")  # type: ignore[assignment]
     studio.cluster, studio.serving = FakeTrainingCluster(), FakeServingDriver()
     stop = asyncio.Event()
@@ -75,13 +80,15 @@ async def consuming(studio: Studio) -> AsyncIterator[None]:
 
 
 async def live(studio: Studio) -> None:
-    """Datasets are profiled, jobs run and succeed, deployments come, change and go."""
+    """Datasets are profiled, and one is deleted; jobs run, succeed and are cancelled; deployments come, change and go."""
     for envelope in [await an_upload(studio) for _ in range(2)]:
         (uploaded,) = envelope
         await studio.datasets.insert(
             requested(Dataset, uploaded.data, subject=uploaded.subject, client_code="acme", cause=CAUSE)
         )
-    jobs = [new_id("job") for _ in range(SUCCEEDED + RUNNING)]
+    deleted = DatasetDeleted(dataset_id=uploaded.subject, dfs_path=uploaded.data.dfs_path, s3_uri=uploaded.data.s3_uri)
+    await studio.datasets.change("acme", uploaded.subject, lambda present: present.asking(deleted, CAUSE))
+    jobs = [new_id("job") for _ in range(SUCCEEDED + RUNNING + CANCELLED)]
     for id in jobs:
         await studio.jobs.insert(requested(Job, fine_tune(id), subject=id, client_code="acme", cause=CAUSE))
     deployments = [new_id("dep") for _ in range(DEPLOYED + REMOVED)]
@@ -99,8 +106,18 @@ async def live(studio: Studio) -> None:
     await studio.deployments.request("acme", deploy(deployments[0]).model_copy(update={"scale": scaled}), CAUSE)
     for number, id in enumerate(jobs):
         await eventually(status_of(studio, studio.jobs, id, "succeeded" if number < SUCCEEDED else "running"))
+    for id in jobs[SUCCEEDED + RUNNING :]:
+        unwanted = FineTuneCancelRequested(job_id=id)
+        await studio.jobs.change("acme", id, lambda present, event=unwanted: present.asking(event, CAUSE))  # type: ignore[misc]
+        await eventually(status_of(studio, studio.jobs, id, "cancelled"))
     for number, id in enumerate(deployments):
         await eventually(status_of(studio, studio.deployments, id, "ready" if number < DEPLOYED else "removed"))
+    used = UsageRecord(client_code="acme", model="m", status=200, total_ms=1)
+    batch = UsageBatch(type=TYPE, gateway="0" * 16, sequence=1, at=datetime.now(UTC), records=[used])
+    await studio.publisher.publish(
+        [Outgoing(Plain.USAGE, batch.gateway.encode(), batch.model_dump_json().encode(), [])]
+    )
+    await eventually(lambda: studio.usage.where("acme"))
     await eventually(lambda: quiet(studio))
 
 

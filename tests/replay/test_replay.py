@@ -1,4 +1,4 @@
-"""Replay over what five real consumers made: it gives the same documents, repairs what differs, and touches nothing else."""
+"""Replay over what real consumers made: it gives the same documents, repairs what differs, and touches nothing else."""
 
 import asyncio
 import contextlib
