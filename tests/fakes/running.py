@@ -69,7 +69,7 @@ class Running:
         return self.call("POST", "/fine_tuning/submit-finetune", 201, json=body)["job"]
 
     def finished(self, job: str, seconds: float = 120) -> Any:
-        self.until(lambda: self.job(job)["status"] in ("succeeded", "failed"), seconds)
+        self.until(lambda: self.job(job)["status"] in ("succeeded", "failed", "cancelled"), seconds)
         return self.job(job)
 
     def job(self, id: str) -> Any:

@@ -1,0 +1,24 @@
+"""How many tokens a request used, as the model server says at the end of its answer, in JSON and in a stream alike."""
+
+import re
+
+KEPT_BYTES = 2048
+"""How much of an answer's end is kept. `usage` follows the choices in all of OpenAI's shapes."""
+_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,12})[\s,}]')
+_COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})[\s,}]')
+_OBJECT = re.compile(rb'"usage"\s*:\s*\{')
+
+
+def reported(end: bytes) -> tuple[int | None, int | None]:
+    """Prompt and completion tokens in the last usage object of an answer's end."""
+    at = end.rfind(b'"usage"')
+    while at >= 0:
+        if _OBJECT.match(end, at):
+            return _number(_PROMPT, end, at), _number(_COMPLETION, end, at)
+        at = end.rfind(b'"usage"', 0, at)
+    return None, None
+
+
+def _number(pattern: re.Pattern[bytes], end: bytes, at: int) -> int | None:
+    found = pattern.search(end, at)
+    return int(found[1]) if found else None
