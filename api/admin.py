@@ -28,14 +28,14 @@ def check_admin(
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
     user: UserId = None,
 ) -> None:
-    """A caller that names itself as a client sees nothing here; another one needs the token, where one is set."""
-    if user is not None:
-        raise NotFound("there is no such thing for a client")
+    """Where a token is set a caller needs it; one that names itself as a client sees nothing here even so."""
     wanted = studio.settings.api.admin_token
     if wanted is not None and not hmac.compare_digest(
         given.credentials.encode() if given else b"", wanted.get_secret_value().encode()
     ):
         raise Unauthorized
+    if user is not None:
+        raise NotFound("there is no such thing for a client")
 
 
 router = APIRouter(

@@ -7,8 +7,12 @@ from importlib.metadata import version
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
-from api import admin, fine_tuning, gateway, infer, inference
+from api import admin, fine_tuning, inference, usage
 from api.deps import Feed, Routes, TheStudio
+from api.gateway import app as gateway
+from api.gateway import infer
+from api.openai import files, models
+from api.openai import fine_tuning as openai_jobs
 from mini_studio.settings import Settings
 from mini_studio.wiring import DECIDED_BY, open_studio
 
@@ -33,11 +37,16 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("mini-studio"),
         summary="Self-hosted fine-tuning and serving of language models, event-driven over Kafka.",
         lifespan=lifespan,
+        redirect_slashes=False,
     )
     gateway.surround(app, settings)
     app.include_router(fine_tuning.router)
     app.include_router(inference.router)
     app.include_router(infer.router)
+    for dialect in (models.router, models.removing, files.router, openai_jobs.router):
+        app.include_router(dialect)
+    app.include_router(infer.openai)
+    app.include_router(usage.router)
     app.include_router(admin.router)
     app.add_api_route("/", welcome, tags=["studio"])
     app.add_api_route("/health", health, tags=["studio"])

@@ -6,12 +6,11 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import Annotated, cast
 
-import httpx
 from fastapi import Depends, Header, Query, Request
 from pydantic import AwareDatetime, BeforeValidator
 
-from api.holding import Holding
-from api.load import Load
+from api.gateway.exchange import Exchanger
+from api.gateway.proxy import Plain
 from events.base import Cause
 from events.types import CLIENT_CODE_PATTERN
 from mini_studio.bus.routes import RouteFeed, RouteTable
@@ -34,16 +33,12 @@ def route_feed(request: Request) -> RouteFeed:
     return cast("RouteFeed", request.app.state.feed)
 
 
-def upstream(request: Request) -> httpx.AsyncClient:
-    return cast("httpx.AsyncClient", request.app.state.upstream)
+def exchanger(request: Request) -> Exchanger:
+    return cast("Exchanger", request.app.state.exchanger)
 
 
-def holding(request: Request) -> Holding:
-    return cast("Holding", request.app.state.holding)
-
-
-def load(request: Request) -> Load:
-    return cast("Load", request.app.state.load)
+def plain(request: Request) -> Plain:
+    return cast("Plain", request.app.state.plain)
 
 
 async def until_answered() -> AsyncIterator[ExitStack]:
@@ -59,9 +54,8 @@ def cause(request: Request) -> Cause:
 TheStudio = Annotated[Studio, Depends(studio)]
 Routes = Annotated[RouteTable, Depends(route_table)]
 Feed = Annotated[RouteFeed, Depends(route_feed)]
-UpstreamClient = Annotated[httpx.AsyncClient, Depends(upstream)]
-Held = Annotated[Holding, Depends(holding)]
-Loads = Annotated[Load, Depends(load)]
+Exchanges = Annotated[Exchanger, Depends(exchanger)]
+PlainClient = Annotated[Plain, Depends(plain)]
 UntilAnswered = Annotated[ExitStack, Depends(until_answered)]
 TheCause = Annotated[Cause, Depends(cause)]
 UserId = Annotated[
@@ -85,9 +79,9 @@ def _with_zone(text: object) -> object:
     return text
 
 
+Moment = Annotated[AwareDatetime | None, BeforeValidator(_with_zone)]
 AsOf = Annotated[
-    AwareDatetime | None,
-    BeforeValidator(_with_zone),
+    Moment,
     Query(
         description="An RFC 3339 time with a zone: answer from the log, as it was then.",
         examples=["2026-01-31T12:00:00Z"],

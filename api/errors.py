@@ -1,5 +1,10 @@
-"""The one place that turns errors into HTTP: every failure is `{"ok": false, "error": "<text>", "code": ..., "details": [...]}`."""
+"""The one place that turns errors into HTTP: every failure is `{"ok": false, "error": "<text>", "code": ..., "details": [...]}`.
 
+Under `/v1` it is OpenAI's `{"error": {...}}`.
+"""
+
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,13 +16,16 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from mini_studio.errors import Invalid, StudioError
+from api.openai.errors import openai_body, openai_headers, openai_status
+from mini_studio.errors import Invalid, RateLimited, StudioError
 from schemas.fine_tuning import ErrorResponse
 
 log = structlog.get_logger(__name__)
 
 RETRY_AFTER_S = 2
 SHOWN_LENGTH = 300
+OPENAI_PATHS = "/v1/"
+OPENAI_CODES = {"unauthorized": "invalid_api_key"}
 
 
 def install(app: FastAPI) -> None:
@@ -36,16 +44,45 @@ def answer(
     details: Sequence[dict[str, Any]] = (),
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    body = ErrorResponse(
-        error=message, code=code, details=list(details), request_id=getattr(request.state, "request_id", None)
-    )
-    return JSONResponse(body.model_dump(), status, headers=headers)
+    id = getattr(request.state, "request_id", None)
+    openai = request.scope["path"].startswith(OPENAI_PATHS)
+    body = content(status, code, message, details, id, openai=openai)
+    told = {**(headers or {}), **(openai_headers(status) if openai else {})}
+    answered = JSONResponse(body, openai_status(status) if openai else status, headers=told)
+    answered.raw_headers.extend(getattr(request.state, "limits", ()))
+    return answered
+
+
+def content(
+    status: int, code: str, message: str, details: Sequence[dict[str, Any]], request_id: str | None, *, openai: bool
+) -> dict[str, Any]:
+    """The body of a failure, in our shape or in OpenAI's."""
+    if openai:
+        return openai_body(status, OPENAI_CODES.get(code, code), message, details)
+    return ErrorResponse(error=message, code=code, details=list(details), request_id=request_id).model_dump()
 
 
 async def studio_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StudioError)  # noqa: S101
-    headers = {503: {"Retry-After": str(RETRY_AFTER_S)}, 401: {"WWW-Authenticate": "Bearer"}}.get(error.status, {})
-    return answer(request, error.status, error.code, error.message, error.details, headers)
+    return answer_to(request, error)
+
+
+def answer_to(request: Request, error: StudioError) -> JSONResponse:
+    response = answer(request, error.status, error.code, error.message, error.details)
+    response.raw_headers.extend(headers_of(error))
+    return response
+
+
+def headers_of(error: StudioError) -> list[tuple[bytes, bytes]]:
+    """What an error says beside its body: when to come back, and by which scheme to say who one is."""
+    if isinstance(error, RateLimited):
+        seconds, milliseconds = math.ceil(error.retry_after_s), math.ceil(error.retry_after_s * 1000)
+        # OpenAI's clients read the finer one first
+        waits = [(b"retry-after", b"%d" % max(1, seconds)), (b"retry-after-ms", b"%d" % max(1, milliseconds))]
+        return [*waits, *error.headers]
+    if error.status == 503:
+        return [(b"retry-after", b"%d" % RETRY_AFTER_S)]
+    return [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
 
 
 async def validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -89,9 +126,25 @@ async def http_error(request: Request, error: Exception) -> JSONResponse:
     }
     codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     message = texts.get(error.status_code, str(error.detail)) if error.detail in GENERIC else str(error.detail)
-    return answer(
-        request, error.status_code, codes.get(error.status_code, "http_error"), message, headers=error.headers
-    )
+    headers = {"Allow": allowed(request)} if error.status_code == 405 else error.headers
+    return answer(request, error.status_code, codes.get(error.status_code, "http_error"), message, headers=headers)
+
+
+def allowed(request: Request) -> str:
+    """Methods of the path, as the API's description has them. Starlette alone names those of the first route that fits."""
+    described, path = request.app.openapi()["paths"], request.scope["path"]
+    for within in (None, "[^/]+", ".+"):
+        fitting = [each for each in described if fits(each, path, within)]
+        if fitting:
+            return ", ".join(sorted({method.upper() for each in fitting for method in described[each]}))
+    return ""
+
+
+def fits(described: str, path: str, within: str | None) -> bool:
+    """Whether a path is one of those described, with `within` as the pattern of its parameters; None: it has none."""
+    if within is None:
+        return described == path
+    return re.fullmatch(re.sub(r"\\\{[^}]*\\\}", lambda _: within, re.escape(described)), path) is not None
 
 
 async def hung_up(request: Request, error: Exception) -> JSONResponse:
@@ -104,5 +157,7 @@ GENERIC = ("Not Found", "Method Not Allowed")
 
 async def surprise(request: Request, error: Exception) -> JSONResponse:
     """For whatever nobody foresaw. `RequestContext` calls it: Starlette would outside of all middleware, without the request's id."""
+    if isinstance(error, StudioError):
+        return answer_to(request, error)
     log.error("request.failed", path=request.url.path, exc_info=error)
     return answer(request, 500, "internal", "something went wrong inside the studio; its log has the details")

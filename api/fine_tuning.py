@@ -2,19 +2,22 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import ValidationError
 
 from api import submissions
 from api.deps import AsOf, IdempotencyHeader, TheCause, TheStudio, UserId, at, check_tenant
 from api.errors import invalid_from
 from api.uploads import read_multipart
-from events.types import ClientCode, JobId
+from events.types import ClientCode, DatasetId, JobId
 from mini_studio.errors import NotFound
 from mini_studio.records.record import ANYONE
 from schemas.fine_tuning import (
     ClusterStatusResponse,
+    DatasetListResponse,
+    DatasetResponse,
     DatasetUploadResponse,
+    DatasetView,
     ErrorResponse,
     FineTuningJobRequest,
     JobListResponse,
@@ -73,6 +76,59 @@ async def get_job(
     return JobResponse(job=JobView.model_validate(job))
 
 
+@router.post("/jobs/{job_id}/cancel", status_code=202)
+async def cancel_job(
+    job_id: Annotated[str, Path(max_length=200)],
+    response: Response,
+    studio: TheStudio,
+    cause: TheCause,
+    user: UserId = None,
+) -> JobResponse:
+    """End a job that is not over; follow it until its status is `cancelled`. Again it changes nothing, and is 200 once it is.
+
+    409 for a job that succeeded or failed: a success that was decided before the cancel stands.
+    """
+    job = await submissions.cancel(studio, job_id, user or ANYONE, cause)
+    if job.status.final:
+        response.status_code = 200
+    return JobResponse(job=JobView.model_validate(job))
+
+
+@router.get("/datasets/client/{client_code}")
+async def list_datasets(
+    client_code: ClientCode,
+    studio: TheStudio,
+    user: UserId = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: DatasetId | None = None,
+    as_of: AsOf = None,
+) -> DatasetListResponse:
+    """The client's datasets, newest first, deleted ones left out; with `as_of`, those that there were then."""
+    check_tenant(user, client_code)
+    found = await studio.datasets.present(client_code, limit=limit + 1, after=after, as_of=as_of)
+    datasets = [DatasetView.model_validate(dataset) for dataset in found[:limit]]
+    last = datasets[-1].id if datasets else None
+    return DatasetListResponse(datasets=datasets, has_more=len(found) > limit, last_id=last)
+
+
+@router.get("/datasets/{dataset_id}")
+async def get_dataset(
+    dataset_id: Annotated[str, Path(max_length=200)], studio: TheStudio, user: UserId = None, as_of: AsOf = None
+) -> DatasetResponse:
+    """One dataset; 404 once it is deleted. With `as_of` it is answered from the log, as the dataset was then."""
+    dataset = await studio.datasets.require(user or ANYONE, dataset_id, as_of)
+    return DatasetResponse(dataset=DatasetView.model_validate(dataset))
+
+
+@router.delete("/datasets/{dataset_id}")
+async def delete_dataset(
+    dataset_id: Annotated[str, Path(max_length=200)], studio: TheStudio, cause: TheCause, user: UserId = None
+) -> DatasetResponse:
+    """Delete a dataset for good, and both copies of its bytes. Again it changes nothing. 409 while a job is to train on it."""
+    dataset = await submissions.delete_dataset(studio, dataset_id, user or ANYONE, cause)
+    return DatasetResponse(dataset=DatasetView.model_validate(dataset))
+
+
 @router.post("/upload-dataset/{client_code}", status_code=201, openapi_extra={"requestBody": UPLOAD_BODY})
 async def upload_dataset(
     client_code: ClientCode,
@@ -97,7 +153,7 @@ async def upload_dataset(
     openapi_extra={
         "requestBody": {
             "content": {
-                "application/json": {"schema": FineTuningJobRequest.model_json_schema()},
+                "application/json": {"schema": submissions.json_schema(FineTuningJobRequest)},
                 "multipart/form-data": {
                     "schema": submissions.multipart_schema(FineTuningJobRequest, "dataset_filename")
                 },

@@ -1,6 +1,6 @@
 """Deployments."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Response
 
@@ -35,7 +35,12 @@ router = APIRouter(
 Prefer = Annotated[str | None, Header(description="`respond-async`: answer 202 at once.")]
 
 
-@router.post("/deploy/base")
+ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"model": DeployResponse, "description": "Not waited for to the end: see `status_url`."}
+}
+
+
+@router.post("/deploy/base", responses=ACCEPTED)
 async def deploy_base(
     body: BaseModelDeployRequest,
     response: Response,
@@ -53,7 +58,7 @@ async def deploy_base(
     return await deploying.answer(deployment, studio, feed, response, prefer)
 
 
-@router.post("/deploy/fine_tuned")
+@router.post("/deploy/fine_tuned", responses=ACCEPTED)
 async def deploy_fine_tuned(
     body: FineTunedDeployRequest,
     response: Response,

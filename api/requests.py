@@ -1,5 +1,6 @@
-"""What surrounds every request: its id, the body limit, one log line."""
+"""What surrounds every request: its id, who asks where there are API keys, the body limit, one log line."""
 
+import itertools
 import re
 import time
 import uuid
@@ -11,30 +12,49 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import errors
+from api.gateway.identity import Identity
 from events.base import Cause
 
 log = structlog.get_logger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-UPLOAD_PATHS = ("/fine_tuning/upload-dataset/", "/fine_tuning/submit-finetune")
+UPLOAD_PATHS = ("/fine_tuning/upload-dataset/", "/fine_tuning/submit-finetune", "/v1/files")
 """Bodies that are streamed and limited by the upload settings."""
+OPEN_PATHS = frozenset(("/", "/health", "/metrics", "/docs", "/redoc", "/openapi.json"))
+ADMIN_PATHS = "/admin/"
+"""What needs no API key: it tells nothing of a client, or has a token of its own."""
+
+
+_PROCESS = uuid.uuid4().hex[:20]
+_numbers = itertools.count(1)
+
+
+def request_id_of(given: str | None) -> str:
+    """The caller's `X-Request-ID` where it is well-formed, else a new id: of this process, and counted."""
+    if given and REQUEST_ID.fullmatch(given):
+        return given
+    return f"{_PROCESS}-{next(_numbers):x}"
 
 
 def cause_of(headers: Headers) -> Cause:
     """The caller's `X-Request-ID` and `traceparent` where they are well-formed, else a new id."""
-    given, trace = headers.get("x-request-id", ""), headers.get("traceparent", "")
+    trace = headers.get("traceparent", "")
     return Cause(
-        correlation_id=given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()),
+        correlation_id=request_id_of(headers.get("x-request-id")),
         traceparent=trace if TRACEPARENT.fullmatch(trace) else None,
     )
 
 
 class RequestContext:
-    """ASGI middleware: binds the request id to logs and state, returns it as `X-Request-ID`, limits bodies, answers 500."""
+    """ASGI middleware: binds the request id to logs and state, returns it as `X-Request-ID`, limits bodies, answers 500.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    Where there are API keys, what is behind it finds in `X-User-ID` whose key it was, and nobody without one gets behind it.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, identity: Identity) -> None:
         self._app = app
+        self._identity = identity
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,6 +74,7 @@ class RequestContext:
 
         structlog.contextvars.bind_contextvars(request_id=cause.correlation_id)
         try:
+            self._identify(scope)
             await self._app(scope, self._limited(scope, receive), send_with_id)
         except Exception as error:
             if status:
@@ -65,14 +86,21 @@ class RequestContext:
             level = log.debug if scope["path"] in ("/health", "/metrics") else log.info
             level("request.done", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
 
+    def _identify(self, scope: Scope) -> None:
+        """By the path that is routed by. Raises `Unauthorized`, `NotFound` or `BadRequest`."""
+        if scope["path"] not in OPEN_PATHS and not scope["path"].startswith(ADMIN_PATHS):
+            scope["headers"] = self._identity.headers(scope["headers"])
+
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         if scope["path"].startswith(UPLOAD_PATHS):
             return receive
-        received = 0
+        declared = Headers(scope=scope).get("content-length", "0")
+        received = int(declared) if declared.isdigit() and int(declared) > self._max_body_bytes else 0
 
         async def limited() -> Message:
             nonlocal received
-            message = await receive()
+            # One that is too large by its own account is not begun: its client may have asked whether to send it.
+            message: Message = {} if received > self._max_body_bytes else await receive()
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:
                 raise HTTPException(

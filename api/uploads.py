@@ -16,6 +16,8 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_SHOWN_FILENAME = 255
 
 OnChunk = Callable[[bytes], Awaitable[None]]
+BeforeFile = Callable[[dict[str, str]], None]
+"""Is shown the fields that stand before the file, and may refuse them."""
 
 
 @dataclass
@@ -39,13 +41,14 @@ class Part:
 class FormReader:
     """Turns the parser's callbacks into fields, and file bytes that wait in `ready` for the stream loop."""
 
-    def __init__(self, file_fields: tuple[str, ...]) -> None:
+    def __init__(self, file_fields: tuple[str, ...], before_file: BeforeFile) -> None:
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.ready: list[bytes] = []
         self.files = 0
         self.ended = False
         self._file_fields = file_fields
+        self._before_file = before_file
         self._part = Part()
 
     def callbacks(self) -> dict[str, Callable[..., None]]:
@@ -84,6 +87,7 @@ class FormReader:
             self.files += 1
             if self.files > 1:
                 raise Invalid(f"{part.name}: only one file at a time")
+            self._before_file(self.fields)
             self.filename = shown(options[b"filename"])
 
     def _data(self, data: bytes, start: int, end: int) -> None:
@@ -127,10 +131,15 @@ def boundary_of(request: Request, limits: Uploads) -> bytes:
 
 
 async def read_multipart(
-    request: Request, *, on_chunk: OnChunk, limits: Uploads, file_fields: tuple[str, ...] = ("file",)
+    request: Request,
+    *,
+    on_chunk: OnChunk,
+    limits: Uploads,
+    file_fields: tuple[str, ...] = ("file",),
+    before_file: BeforeFile = lambda _: None,
 ) -> Form:
     """Read the whole form; the one file's bytes go to `on_chunk`. Raises `Invalid`, `TooLarge`, `BadRequest`."""
-    reader = FormReader(file_fields)
+    reader = FormReader(file_fields, before_file)
     try:
         parser = MultipartParser(boundary_of(request, limits), reader.callbacks())  # type: ignore[arg-type]
         async for chunk in request.stream():

@@ -1,6 +1,7 @@
 """The command line: `mini-studio --help`."""
 
 import asyncio
+import json
 import os
 import secrets
 import shutil
@@ -39,6 +40,8 @@ dead_letters = typer.Typer(
 app.add_typer(dead_letters, name="dead-letters")
 records = typer.Typer(help="The record store: a SQLite file, or a MongoDB.", no_args_is_help=True)
 app.add_typer(records, name="records")
+keys = typer.Typer(help="API keys of clients.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 
 DataOption = Annotated[
     Path | None,
@@ -52,6 +55,7 @@ class ConsumerName(StrEnum):
     SERVING = "serving"
     JOBS = "jobs"
     ROUTES = "routes"
+    USAGE = "usage"
 
 
 class Rebuilt(StrEnum):
@@ -151,7 +155,7 @@ def gateway(data: DataOption = None) -> None:
     and MINI_STUDIO_API__PORT say. /health answers 503 until the routes have been read once.
     """
     settings = service_settings(data, "gateway")
-    from api.gateway import create_gateway
+    from api.gateway.app import create_gateway
     from api.server import serve
 
     serve(create_gateway(settings), settings)
@@ -275,7 +279,7 @@ def migrate(
     """Bring all records from another store into the one that the settings name, and check that they are the same.
 
     The journal is copied in its order; datasets, jobs, deployments and routes are built anew from it; what consumers decide
-    from (training runs, releases, profiles) and idempotency keys are copied. Then both stores are read and compared. The
+    from (training runs, releases, profiles), idempotency keys and usage are copied. Then both stores are read and compared. The
     source is only read. Nothing is published, and no job or model is touched.
 
     Stop the studio first, API and consumers, when `pending` events have left: a source that has some is refused, and so is a
@@ -294,6 +298,29 @@ def migrate(
         right = asyncio.run(migrating.run(settings, source, database, typer.echo))
     typer.echo("done: the stores hold the same" if right else "not done: the stores differ")
     raise typer.Exit(0 if right else 1)
+
+
+@keys.command("new")
+def new_key(
+    client: Annotated[str, typer.Argument(help="Whose key it is: a client code, or `*` for the operator.")],
+    data: DataOption = None,
+) -> None:
+    """Make an API key, and say which setting lets it in. The studio keeps only its digest: the key is shown this once.
+
+    A second key of a client is valid beside its first, until that is taken out of the setting.
+    """
+    settings = settings_for(data, "keys")
+    from api.gateway import identity
+    from mini_studio.settings import Api
+
+    key = identity.new_key()
+    known = settings.api.keys | {client: [*settings.api.keys.get(client, []), identity.digest(key)]}
+    try:
+        Api(keys=known)
+    except ValidationError as error:
+        raise typer.BadParameter(error.errors()[0]["msg"]) from None
+    typer.echo(f"{key}\n\nGive it to the client, then set this for every API and gateway, and start them again:\n")
+    typer.echo(f"MINI_STUDIO_API__KEYS='{json.dumps(known)}'")
 
 
 @models.command("list")

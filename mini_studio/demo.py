@@ -60,7 +60,7 @@ class Demo:
         job = self._call("POST", "/fine_tuning/submit-finetune", json=body)["job"]
         with bar(self._console) as progress:
             task = progress.add_task("fine-tuning", total=None)
-            while job["status"] not in ("succeeded", "failed"):
+            while job["status"] not in ("succeeded", "failed", "cancelled"):
                 time.sleep(0.5)
                 job = self._call("GET", f"/fine_tuning/jobs/{job['id']}")["job"]
                 seen = job["progress"]

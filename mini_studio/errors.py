@@ -2,12 +2,14 @@
 
     StudioError
     |-- BadRequest                400  the request cannot be understood
-    |-- Unauthorized              401  the admin token is missing or wrong
+    |-- Unauthorized              401  the admin token or API key is missing or wrong
     |-- NotFound                  404  not there, or another client's
+    |   `-- ModelNotFound         404  no such model for this client, as OpenAI's clients are told
     |-- Conflict                  409  the state does not allow it
     |-- TooLarge                  413  over a limit; the message names the setting
     |-- Invalid                   422  understood, and wrong: names the field or the line
     |   `-- KeyReused             422  an Idempotency-Key came again with another body
+    |-- RateLimited               429  over one of the client's limits; retryable, and says when
     |-- Refused                   500  a backend (Kubernetes, Ray) refused for good; its own message
     |-- Upstream                  502  a model server broke
     |-- Unavailable               503  a part is away for now; retryable
@@ -58,6 +60,12 @@ class NotFound(StudioError):
     status, code = 404, "not_found"
 
 
+class ModelNotFound(NotFound):
+    """There is no such model."""
+
+    code = "model_not_found"
+
+
 class Conflict(StudioError):
     """The present state does not allow this."""
 
@@ -80,6 +88,18 @@ class KeyReused(Invalid):
     """This Idempotency-Key was used before with another request; use a new key for a new request."""
 
     code = "idempotency_key_reused"
+
+
+class RateLimited(StudioError):
+    """This client is over one of its limits; try again later."""
+
+    status, code, retryable = 429, "rate_limit_exceeded", True
+
+    def __init__(self, message: str, *, retry_after_s: float, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.headers = headers
+        """`x-ratelimit-*`, as OpenAI's clients read them."""
 
 
 class Refused(StudioError):

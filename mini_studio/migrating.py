@@ -1,7 +1,7 @@
 """`mini-studio records migrate`: the records of another store, in the one that the settings name.
 
 The journal is copied event by event, in its order; what is nothing but events is built anew from it, by a replay; what the
-deciders hold beside their events (training runs, releases, profiles, keys) is copied. Last, both stores are read once more and
+deciders hold beside their events (training runs, releases, profiles, keys) is copied, as usage is. Last, both stores are read once more and
 compared. Every step finds what an earlier run left, and goes on behind it.
 """
 

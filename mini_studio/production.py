@@ -2,9 +2,11 @@
 
 What is refused: an open door (`/admin` or Ray's Jobs API without a token), a secret that can be guessed, what crosses a network
 in the clear, and what loses or splits the state of several machines (the embedded broker, SQLite, local model servers, a producer
-that may repeat or reorder). What is merely less resilient, such as one replica of a topic, is logged.
+that may repeat or reorder). What is merely less resilient, such as one replica of a topic, is logged; so is that there are no API
+keys, since what authenticates callers may stand in front.
 """
 
+import hashlib
 import ipaddress
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -40,6 +42,10 @@ def check(settings: Settings, process: str) -> None:
         if settings.kafka.replication < 3:
             log.warning(
                 "production.few_replicas", setting="MINI_STUDIO_KAFKA__REPLICATION", topics_lost_with="one broker"
+            )
+        if process in ("api", "gateway") and not settings.api.keys and not _this_machine(settings.api.host):
+            log.warning(
+                "production.no_keys", setting="MINI_STUDIO_API__KEYS", needs="what authenticates callers in front"
             )
     else:
         for problem in _open_door(settings, process):
@@ -89,6 +95,10 @@ def _guessed(settings: Settings) -> Iterator[str]:
         text = secret.get_secret_value().lower() if secret else ""
         if secret and text and (len(text) < LEAST_SECRET or any(part in text for part in GUESSED)):
             yield f"MINI_STUDIO_{name} has a secret that can be guessed: use {RANDOM}"
+    weak = {hashlib.sha256(word.encode()).hexdigest() for word in ("", *GUESSED)}
+    for code, digests in settings.api.keys.items():
+        if weak & set(digests):
+            yield f"MINI_STUDIO_API__KEYS has a key of {code} that can be guessed: use `mini-studio keys new`"
 
 
 def _in_the_clear(settings: Settings) -> Iterator[str]:

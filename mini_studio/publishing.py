@@ -12,9 +12,10 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from api.app import create_app
+from events import usage
 from events.base import Event
 from events.registry import EVENTS
-from events.topics import ROUTES, Topic
+from events.topics import ROUTES, Plain, Topic
 from mini_studio.bus.kafka import READERS
 from mini_studio.settings import Settings
 from mini_studio.variables import variables
@@ -62,6 +63,11 @@ HEADERS = """| header | meaning |
 | `ce_causationid` | the event that this one follows from |
 | `ce_traceparent` | W3C trace context, where the request had one |
 """
+USAGE = """No events: not in the journal, not refilled, kept for seven days. A record's value is one JSON batch (`usage.batch.v1`, schema in
+`schemas/published/usage.batch.v1.json`), its key the gateway process. At most once: a gateway that dies takes what it has not said with
+it, and drops what the broker does not take in time (docs/inference.md, "Usage"). Within a gateway, a sequence that is not greater than
+the last one is a repeat; a gap is a loss. Never a prompt or an answer. First the batch, then each of its records:
+"""
 SETTINGS = """# Settings
 
 Generated from `mini_studio/settings.py` by `make schemas`; do not edit.
@@ -99,7 +105,15 @@ def asyncapi() -> dict[str, Any]:
             "summary": (event.__doc__ or "").strip().splitlines()[0],
             "payload": {"$ref": f"#/components/schemas/{event.__name__}"},
         }
-    channels = {
+    batch = usage.UsageBatch.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas |= {**batch.pop("$defs"), "UsageBatch": batch}
+    messages["UsageBatch"] = {
+        "name": usage.TYPE,
+        "contentType": "application/json",
+        "summary": f"{(usage.UsageBatch.__doc__ or '').strip()} No event; at most once.",
+        "payload": {"$ref": "#/components/schemas/UsageBatch"},
+    }
+    channels: dict[str, Any] = {
         topic.name: {
             "address": topic.value,
             "messages": {
@@ -107,6 +121,10 @@ def asyncapi() -> dict[str, Any]:
             },
         }
         for topic in Topic
+    }
+    channels[Plain.USAGE.name] = {
+        "address": Plain.USAGE.value,
+        "messages": {"UsageBatch": {"$ref": "#/components/messages/UsageBatch"}},
     }
     operations = {
         f"{name}.{topic.name}": {"action": "receive", "channel": {"$ref": f"#/channels/{topic.name}"}}
@@ -130,7 +148,9 @@ def events_page() -> str:
         "Generated from `events/` by `make schemas`; do not edit.",
         "",
         "Every event is a CloudEvent 1.0 in Kafka's binary mode: attributes in headers, plain JSON as the value.",
-        f"Beside the events, `{ROUTES}` is a compacted topic with the gateways' routes: whole values or tombstones.",
+        f"Beside the events, `{ROUTES}` is a compacted topic with the gateways' routes: whole values or tombstones;",
+        f"`{Plain.USAGE}` has what requests used, in batches that are no events: see its section at the end;",
+        f"`{Plain.WAKEUPS}` has hints that a request waits for a deployment that sleeps: lost ones do no harm, and nobody keeps them.",
         "",
         HEADERS,
         SUBSCRIBING,
@@ -143,7 +163,18 @@ def events_page() -> str:
             for name, field in event.model_fields.items():
                 parts.append(f"| `{name}` | {'yes' if field.is_required() else 'no'} | {field.description or ''} |")
             parts.append("")
+    parts += usage_section()
     return "\n".join(parts).rstrip() + "\n"
+
+
+def usage_section() -> list[str]:
+    parts = [f"## Topic `{Plain.USAGE}`", "", USAGE]
+    for model in (usage.UsageBatch, usage.UsageRecord):
+        parts += ["| field | required | |", "|---|---|---|"]
+        for name, field in model.model_fields.items():
+            parts.append(f"| `{name}` | {'yes' if field.is_required() else 'no'} | {field.description or ''} |")
+        parts.append("")
+    return parts
 
 
 def settings_page() -> str:
@@ -182,6 +213,7 @@ def everything() -> dict[Path, str]:
     """Path -> text of every generated file."""
     app = create_app(Settings(data=Path(".studio")))
     files: dict[Path, Any] = {PUBLISHED / f"{event.TYPE}.json": event_schema(event) for event in EVENTS}
+    files[PUBLISHED / f"{usage.TYPE}.json"] = {"$id": usage.TYPE, **usage.UsageBatch.model_json_schema()}
     files |= {PUBLISHED / "openapi.json": app.openapi(), PUBLISHED / "asyncapi.json": asyncapi()}
     texts = {path: json.dumps(content, indent=2, sort_keys=True) + "\n" for path, content in files.items()}
     docs = ROOT / "docs"

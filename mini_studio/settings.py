@@ -6,13 +6,28 @@ read it, below the environment and above the defaults.
 
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, FilePath, SecretStr, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FilePath,
+    SecretStr,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from events.types import CLIENT_CODE_PATTERN, ClientCode
+
 MIB = 1024 * 1024
+OPERATOR = "*"
+"""Whose key acts as no client in particular."""
 
 
 def run_file(data: Path) -> Path:
@@ -34,8 +49,66 @@ class Api(BaseModel):
         ge=0,
         description="How long a deploy request waits for the first status before it answers 202 (not at all while the broker is away).",
     )
-    upstream_connect_s: float = Field(2.0, gt=0, description="Time to connect to a model server.")
-    upstream_read_s: float = Field(300.0, gt=0, description="Longest silence of a model server while it answers.")
+    max_body_bytes: int = Field(
+        16 * MIB, gt=0, description="Largest JSON body accepted (uploads have their own limit)."
+    )
+    admin_token: SecretStr | None = Field(
+        None,
+        description="Bearer token of `/admin`; without one it is open, as all of the API is without keys, to whoever reaches its address.",
+    )
+    keys: dict[str, list[str]] = Field(
+        {},
+        description="Client code -> SHA-256 of its API key in hex, or a list of several; `*` is the operator, who may name any "
+        "client or none. `mini-studio keys new CLIENT` makes one. Without keys the studio believes whom callers say they are.",
+    )
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _lists(cls, given: Any) -> Any:
+        """One digest is a list of one."""
+        if not isinstance(given, dict):
+            return given
+        return {code: [digests] if isinstance(digests, str) else digests for code, digests in given.items()}
+
+    @field_validator("keys")
+    @classmethod
+    def _digests(cls, keys: dict[str, list[str]]) -> dict[str, list[str]]:
+        """No digest is shown: what is wrong may be the key itself."""
+        how = "`mini-studio keys new CLIENT` makes a key and says what to set"
+        for code, digests in keys.items():
+            if code != OPERATOR and not re.fullmatch(CLIENT_CODE_PATTERN, code):
+                raise ValueError(f"{code[:80]!r} is no client code, nor {OPERATOR!r} for the operator; {how}")
+            if not digests or not all(re.fullmatch(r"[0-9a-fA-F]{64}", digest) for digest in digests):
+                raise ValueError(f"{code} needs the SHA-256 of its key, as 64 hex digits, not the key itself; {how}")
+        found = {code: [digest.lower() for digest in digests] for code, digests in keys.items()}
+        ((_, times),) = Counter(digest for digests in found.values() for digest in digests).most_common(1) or [("", 0)]
+        if times > 1:
+            raise ValueError(f"a key is there twice; every client needs its own: {how}")
+        return found
+
+
+class ClientLimits(BaseModel):
+    """One client's own limits at one gateway; what is left out is as for everybody."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    requests_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    tokens_min: int | None = Field(None, gt=0)
+    streams: int | None = Field(None, gt=0)
+
+
+class Gateway(BaseModel):
+    """What takes requests to the models, in the API's process and in `mini-studio gateway`."""
+
+    client: Literal["fast", "plain"] = Field(
+        "fast",
+        description="What asks the model servers: the studio's own HTTP/1.1 client on the hot path, or httpx behind FastAPI, "
+        "a hundred times slower, for whoever trusts that more.",
+    )
+    connect_s: float = Field(2.0, gt=0, description="Time to connect to a model server.")
+    first_byte_s: float = Field(300.0, gt=0, description="Longest wait for the first byte of a model server's answer.")
+    between_bytes_s: float = Field(300.0, gt=0, description="Longest silence of a model server within its answer.")
+    total_s: float = Field(3600.0, gt=0, description="Longest time from a request's arrival to the end of its answer.")
     hold_requests: int = Field(
         100,
         ge=0,
@@ -47,12 +120,37 @@ class Api(BaseModel):
         description="How long such a request waits before it is answered 503: longer than the usual model takes to load. "
         "Clients, and proxies before the gateway, have to be as patient.",
     )
-    max_body_bytes: int = Field(
-        16 * MIB, gt=0, description="Largest JSON body accepted (uploads have their own limit)."
+    eject_after: int = Field(
+        3, ge=1, description="Failures in a row after which a replica is given no requests for a while."
     )
-    admin_token: SecretStr | None = Field(
+    eject_s: float = Field(
+        5.0, gt=0, description="How long, the first time; then one request probes it. Each time in a row it doubles."
+    )
+    affinity_load: float = Field(
+        1.25,
+        ge=1,
+        description="Requests with the same beginning go to the same replica, whose caches know it, as long as its load is at "
+        "most so many times the average.",
+    )
+    client_requests_s: float | None = Field(
         None,
-        description="Bearer token of `/admin`; without one it is open, as all of the API is, to whoever reaches its address.",
+        gt=0,
+        allow_inf_nan=False,
+        description="Requests a second that one client may make at one gateway; none: no limit.",
+    )
+    client_tokens_min: int | None = Field(
+        None, gt=0, description="Tokens a minute that one client may use at one gateway; none: no limit."
+    )
+    client_streams: int | None = Field(
+        None, gt=0, description="Requests that one client may have in flight at one gateway; none: no limit."
+    )
+    clients: dict[ClientCode, ClientLimits] = Field(
+        {},
+        description='Limits of single clients instead of those for everybody: `{"acme": {"requests_s": 50, "tokens_min": 200000, '
+        '"streams": 20}}`; what is left out is as for everybody.',
+    )
+    usage_sample: float = Field(
+        1.0, ge=0, le=1, description="Share of the requests whose usage is recorded; sums are scaled up by it."
     )
 
 
@@ -91,7 +189,17 @@ class Kafka(BaseModel):
         ge=1,
         description="How long a fetch waits for news. The embedded broker does not wake a waiting fetch: less is faster and busier.",
     )
+    route_wait_ms: int | None = Field(
+        None,
+        ge=1,
+        description="The same for what makes and follows the routes, where every wait is one for whoever waits for a model; "
+        "by default no other.",
+    )
     refill: bool = Field(False, description="The broker starts empty: refill its topics from the journal.")
+
+    @property
+    def routes_wait_ms(self) -> int:
+        return self.route_wait_ms or self.fetch_wait_ms
 
     @model_validator(mode="after")
     def _user_and_security_agree(self) -> Self:
@@ -244,7 +352,35 @@ class Serving(BaseModel):
         ge=1,
         description="CPU threads of a local model server; tiny models use one.",
     )
+    tuned_gpus: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="GPUs of a replica of a model that is served because its job, submitted below /v1, succeeded; "
+        "ignored by local model servers and where the Kubernetes runtime is the studio's own.",
+    )
+    tuned_min_replicas: int = Field(
+        1, ge=0, le=64, description="Least replicas of such a model; 0: it sleeps until it is asked."
+    )
+    max_servers: int = Field(
+        16,
+        ge=1,
+        description="Local model servers of all deployments together; what would need more is refused, or scales no further.",
+    )
     max_restarts: int = Field(5, ge=1, description="Crashes in a row after which a local deployment fails.")
+    gateways: list[Annotated[str, StringConstraints(pattern=r"^https?://[^/?#]+/?$")]] = Field(
+        [],
+        description="Base URLs of all gateways, whose load scales local model servers; by default the REST API, as this machine "
+        "reaches it. Each process needs an address of its own.",
+    )
+    scale_down_s: float = Field(
+        60.0,
+        ge=0,
+        description="Local replicas are taken away when so many seconds have not needed them; kubernetes has its own.",
+    )
+    finish_s: int = Field(
+        300, ge=1, description="How long answers that run at a local replica may go on when it is taken away."
+    )
     kubernetes: Kubernetes = Field(default_factory=Kubernetes)
 
 
@@ -289,6 +425,7 @@ class Settings(BaseSettings):
         "127.0.0.1", description="Address of `/health` and `/metrics` of consumers and relay (MINI_STUDIO_HEALTH_PORT)."
     )
     api: Api = Field(default_factory=Api)
+    gateway: Gateway = Field(default_factory=Gateway)
     kafka: Kafka = Field(default_factory=Kafka)
     records: Records = Field(default_factory=Records)
     s3: S3 = Field(default_factory=S3)
@@ -307,6 +444,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, RunFileSource(settings_cls)
+
+    @property
+    def gateways(self) -> list[str]:
+        """Where the gateways tell their load."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.api.host, self.api.host)  # noqa: S104
+        own = f"http://[{host}]:{self.api.port}" if ":" in host else f"http://{host}:{self.api.port}"
+        return list(self.serving.gateways) or [own]
 
     @property
     def models(self) -> Path:

@@ -26,12 +26,13 @@ from mini_studio.records.shadow import shadow_of
 from mini_studio.records.sqlite import SqliteStore
 from mini_studio.records.store import Collection, RecordStore
 from mini_studio.records.training_runs import TrainingRun
+from mini_studio.records.usage import UsageHour, UsageHours
 from mini_studio.settings import Settings
 
 if TYPE_CHECKING:
     from mini_studio.drivers.s3 import S3Store
 
-RECORDS = (Dataset, DatasetProfile, Job, TrainingRun, Deployment, Release, RouteRecord, IdempotencyKey)
+RECORDS = (Dataset, DatasetProfile, Job, TrainingRun, Deployment, Release, RouteRecord, IdempotencyKey, UsageHour)
 COLLECTIONS: tuple[Collection, ...] = tuple(record.COLLECTION for record in RECORDS)
 SHADOWS: tuple[Collection, ...] = tuple(shadow_of(record.COLLECTION) for record in (Dataset, Job, Deployment))
 """Where a replay builds records anew. Nobody relays these."""
@@ -41,8 +42,9 @@ DECIDED_BY: dict[str, tuple[Collection, ...]] = {
     "datasets": (DatasetProfile.COLLECTION,),
     "training": (TrainingRun.COLLECTION,),
     "serving": (Release.COLLECTION,),
-    "jobs": (),
+    "jobs": (Deployment.COLLECTION,),
     "routes": (RouteRecord.COLLECTION,),
+    "usage": (),
 }
 """Whose outboxes each process relays right after its writes; the standalone relay sweeps all of them."""
 
@@ -67,6 +69,7 @@ class Studio:
         self.releases = Repository(self.store, Release, wake)
         self.routes = Repository(self.store, RouteRecord, wake)
         self.keys = IdempotencyKeys(self.store, IdempotencyKey, wake)
+        self.usage = UsageHours(self.store, UsageHour)
         self.runs_changed = asyncio.Event()
         """Set when the training reconciler should look now, not at its next turn."""
         self.leaving = False
@@ -111,7 +114,10 @@ class Studio:
             return KubernetesDriver(self.settings.models, self.settings.serving, self.releases_changed.set)
         from mini_studio.drivers.local_process import LocalProcessDriver
 
-        return LocalProcessDriver(self.settings.data.resolve() / "serving", self.settings.models, self.settings.serving)
+        state_dir = self.settings.data.resolve() / "serving"
+        return LocalProcessDriver(
+            state_dir, self.settings.models, self.settings.serving, gateways=self.settings.gateways
+        )
 
     async def prepare_buckets(self) -> None:
         """Create the bucket where it is missing."""

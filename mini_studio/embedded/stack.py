@@ -13,7 +13,8 @@ from mini_studio.embedded.child import Part
 from mini_studio.embedded.ports import PortBlock
 
 LOCAL = "127.0.0.1"
-CONSUMERS = ("datasets", "training", "serving", "jobs", "routes")
+CONSUMERS = {"datasets": (), "training": (), "serving": (), "jobs": ("usage",), "routes": ()}
+"""By part, the consumers that its process runs beside the one of its name: each process of its own would cost 50 MB."""
 STUDIO = [sys.executable, "-m", "mini_studio.cli"]
 OWN = {
     # folders named `api` or `events` where the user happens to stand are none of ours
@@ -21,6 +22,9 @@ OWN = {
     # glibc would keep a heap for every thread: several MB in each process
     "MALLOC_ARENA_MAX": "2",
 }
+ROUTE_WAIT_MS = 70
+"""The embedded broker looks for news when half of a fetch's wait is over. A route waits for two fetches, and should be there
+within 100 ms; each fetch costs half a millisecond of CPU on either side, so a shorter wait would be felt on an idle machine."""
 BROKER_REPLACED = 3
 """Exit code of a consumer whose positions a new, empty broker has made void."""
 OBJECT_STORE_BYTES = 100_000_000
@@ -65,7 +69,7 @@ def build(
     reached = LOCAL if host in ("0.0.0.0", "::", "") else host  # noqa: S104
     url = f"http://{reached}:{port}"
     settings: dict[str, dict[str, Any]] = {
-        "kafka": {"bootstrap": f"{LOCAL}:{block[BROKER]}", "refill": True},
+        "kafka": {"bootstrap": f"{LOCAL}:{block[BROKER]}", "refill": True, "route_wait_ms": ROUTE_WAIT_MS},
         "s3": {"endpoint": f"http://{LOCAL}:{block[S3]}", "access_key": keys[0], "secret_key": keys[1]},
         "training": {"ray_address": f"http://{LOCAL}:{block[DASHBOARD]}"},
         "api": {"host": host, "port": port},
@@ -124,9 +128,10 @@ def _api(url: str, listener: int | None) -> Part:
 
 
 def _studio_part(name: str, port: int) -> Part:
+    command = ["relay"] if name == "relay" else ["consume", name, *CONSUMERS[name]]
     return Part(
         name,
-        [*STUDIO, "relay"] if name == "relay" else [*STUDIO, "consume", name],
+        [*STUDIO, *command],
         health=f"http://{LOCAL}:{port}/health",
         environment={**OWN, "MINI_STUDIO_HEALTH_PORT": str(port)},
         restart_at_once=frozenset({BROKER_REPLACED}),

@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.app import create_app
+from api.server import HttpProtocol
 from mini_studio.settings import Api, Kafka, Settings
 from mini_studio.wiring import Studio
 from tests.fakes.broker import free_port
@@ -22,7 +23,13 @@ async def served(app: FastAPI) -> AsyncIterator[str]:
     """The application's address, while it runs."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1
+            app,
+            http=HttpProtocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)
         running = asyncio.create_task(server.serve([listening]))
