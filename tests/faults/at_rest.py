@@ -18,12 +18,20 @@ def moving(records: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     for projection, (decider, source) in FOLLOWS.items():
         for id, record in records[projection].items():
             decided = records[decider].get(id, defaultdict(int))
-            if not decided["sequence"] or record["applied"].get(source) != decided["sequence"]:
+            begun = decided["sequence"] or decided.get(
+                "removed"
+            )  # a deletion that was read first leaves nothing to decide
+            if not begun or record["applied"].get(source, 0) != decided["sequence"]:
                 found.append(f"{projection}/{id} has not followed {source}")
     found += [
         f"jobs/{id} has not ended"
         for id, job in records["jobs"].items()
-        if job["status"] not in ("succeeded", "failed")
+        if job["status"] not in ("succeeded", "failed", "cancelled")
+    ]
+    found += [
+        f"datasets/{id} is deleted, and its bytes are not removed"
+        for id, dataset in records["datasets"].items()
+        if dataset["state"] == "deleted" and not records["dataset_profiles"].get(id, {}).get("removed")
     ]
     for id, deployment in records["deployments"].items():
         release, route = records["releases"].get(id), records["routes"].get(id)

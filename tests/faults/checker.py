@@ -11,7 +11,7 @@ from typing import Any
 
 from events.base import Envelope
 from events.deployments import DeployRequested
-from events.fine_tuning import FineTuneFailed, FineTuneRequested, FineTuneSucceeded
+from events.fine_tuning import FineTuneCancelled, FineTuneFailed, FineTuneRequested, FineTuneSucceeded
 from events.registry import UndecodableEvent, decode, restore
 from events.topics import ROUTES, Topic
 from events.types import DeploymentStatus
@@ -113,7 +113,10 @@ def violations(dump: Dump, requests: dict[str, Request], *, all_over: bool = Tru
 
 def _lost(dump: Dump, requests: dict[str, Request]) -> Iterator[str]:
     """What was acknowledged is in the journal, on the log and in the records."""
-    collections = {"upload": "datasets", "submit": "jobs", "deploy": "deployments", "remove": "deployments"}
+    collections = {
+        "upload": "datasets", "delete": "datasets", "submit": "jobs", "cancel": "jobs", "deploy": "deployments",
+        "remove": "deployments",
+    }  # fmt: skip
     journalled = {envelope.subject for envelope in dump.journal}
     logged = {envelope.subject for envelopes in dump.log.values() for envelope in envelopes}
     for request in requests.values():
@@ -216,7 +219,7 @@ def _one_artifact(dump: Dump) -> Iterator[str]:
     """A job ends once, with the artifact of the attempt that its event names."""
     ends: dict[str, list[Envelope[Any]]] = defaultdict(list)
     for envelope in dump.journal:
-        if isinstance(envelope.data, FineTuneSucceeded | FineTuneFailed):
+        if isinstance(envelope.data, FineTuneSucceeded | FineTuneFailed | FineTuneCancelled):
             ends[envelope.subject].append(envelope)
     for job, ended in ends.items():
         if len(ended) > 1:
@@ -231,7 +234,7 @@ def _one_artifact(dump: Dump) -> Iterator[str]:
             if tokens.get(event.attempt) != run.get("token"):
                 yield f"{job}: the committed attempt is not the one whose token holds"
         elif target is not None:
-            yield f"{job} failed, and its final path points at {target}"
+            yield f"{job} failed or was cancelled, and its final path points at {target}"
     yield from (f"{job} has a final path and no end" for job in dump.committed if job not in ends)
 
 
@@ -245,7 +248,7 @@ def _left_behind(dump: Dump) -> Iterator[str]:
 
 def _not_over(dump: Dump) -> Iterator[str]:
     for id, document in dump.records["jobs"].items():
-        if document["status"] not in ("succeeded", "failed"):
+        if document["status"] not in ("succeeded", "failed", "cancelled"):
             yield f"jobs/{id} is {document['status']}"
 
 

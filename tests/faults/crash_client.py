@@ -1,18 +1,24 @@
 """A client of the lives that end under it, and what it does to the log when nobody looks."""
 
 import asyncio
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from consumers.app import CONSUMERS
-from events.topics import Topic, dead_letter_topic
+from events.topics import Plain, Topic, dead_letter_topic
+from events.usage import TYPE, UsageBatch, UsageRecord
 from mini_studio.bus.consumer import Consumer
+from mini_studio.settings import Settings
+from mini_studio.wiring import record_store
 from tests.fakes.log import write
 from tests.faults.crash_life import World
 from tests.faults.history import Request
@@ -21,6 +27,8 @@ from tests.faults.standins import Seed
 ROWS = [{"prompt": f"the {number}th ", "completion": "answer"} for number in range(4)]
 MANY_ROWS = [{"prompt": "long " * 200, "completion": str(number)} for number in range(1100)]
 MODEL = "tiny-llama"
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+"""When gateways have seen requests."""
 
 
 def lines(rows: list[Any]) -> dict[str, Any]:
@@ -75,11 +83,17 @@ class Client:
     def subject(self, answer: dict[str, Any]) -> str:
         if "dataset_id" in answer:
             return str(answer["dataset_id"])
+        if "dataset" in answer:
+            return str(answer["dataset"]["id"])
         if "job" in answer:
             return str(answer["job"]["id"])
+        if answer.get("object") in ("file", "fine_tuning.job"):
+            return str(answer["id"])
+        found = self.world.documents(self.code)["deployments"]
+        if answer.get("object") == "model":
+            return next(id for id, deployment in found.items() if deployment["model"] == answer["id"])
         named = answer["deployment"]
         name = named if isinstance(named, str) else named["name"]
-        found = self.world.documents(self.code)["deployments"]
         return next(id for id, deployment in found.items() if deployment["name"] == name)
 
     # --- what clients ask for
@@ -94,9 +108,15 @@ class Client:
         body = {"model": MODEL, "client_code": self.code, "dataset_filename": self.upload()[dataset], "seed": seed}
         return self.ask(step, "submit", "POST", "/fine_tuning/submit-finetune", **{"key": step, **options}, json=body)
 
+    def cancel(self, step: str, job: str, **options: Any) -> Any:
+        return self.ask(step, "cancel", "POST", f"/fine_tuning/jobs/{job}/cancel", **options)
+
+    def delete(self, step: str, dataset: str, **options: Any) -> Any:
+        return self.ask(step, "delete", "DELETE", f"/fine_tuning/datasets/{dataset}", **options)
+
     def deploy(self, step: str = "deploy", model: str = "base", **options: Any) -> Any:
-        scale = options.pop("scale", 1)
-        body = {"client_code": self.code, "model_id": model, "max_replicas": scale}
+        scale, least = options.pop("scale", 1), options.pop("least", 1)
+        body = {"client_code": self.code, "model_id": model, "min_replicas": least, "max_replicas": scale}
         return self.ask(step, "deploy", "POST", "/inference/deploy/base", **{"key": step, **options}, json=body)
 
     def tuned(self, step: str, path: str, **options: Any) -> Any:
@@ -144,7 +164,15 @@ class Client:
         deadline = time.monotonic() + seconds
         self.until(lambda: time.monotonic() > deadline)
 
-    def poison(self, topic: Topic, value: bytes) -> None:
+    def say_used(self, *sequences: int) -> None:
+        """Put batches of a gateway of this client's own on the log, each with one request."""
+        gateway, bootstrap = hashlib.sha256(self.code.encode()).hexdigest()[:16], self.world.settings.kafka.bootstrap
+        record = UsageRecord(client_code=self.code, model=MODEL, status=200, total_ms=1, prompt_tokens=1)
+        batches = [UsageBatch(type=TYPE, gateway=gateway, sequence=n, at=NOON, records=[record]) for n in sequences]
+        values: list[Any] = [(batch.model_dump_json().encode(), []) for batch in batches]
+        self.world.apart(lambda: asyncio.run(write(bootstrap, Plain.USAGE, values, key=gateway.encode())))
+
+    def poison(self, topic: Topic | Plain, value: bytes) -> None:
         self.world.poisons.append((topic.value, value))
         headers = [("ce_type", b"nonsense.v1"), ("broken", b"\xff\xfe"), ("ce_subject", self.code.encode())]
         bootstrap = self.world.settings.kafka.bootstrap
@@ -159,10 +187,17 @@ class Client:
         """Put every event of this client on the log a second time, as a relay does that died before it could settle them."""
         self.world.apart(lambda: asyncio.run(_again(self.world.settings.kafka.bootstrap, topics, self.code)))
 
-    def publish(self, subject: str) -> None:
+    def journal(self, collection: str, subject: str) -> None:
+        """Append to the journal what waits in the record's outbox, as a relay does that dies before it publishes."""
+        settings, waiting = self.world.settings, self.world.documents(self.code)[collection][subject]["outbox"]
+        self.world.apart(lambda: asyncio.run(_journal(settings, waiting)))
+
+    def publish(self, subject: str, *, backwards: bool = False) -> None:
         """Put what the journal has of the aggregate on the log."""
         bootstrap = self.world.settings.kafka.bootstrap
-        for entry in self.world.journalled(subject):
+        entries = self.world.journalled(subject)
+        self.world.backwards += [subject] if backwards else []
+        for entry in reversed(entries) if backwards else entries:
             headers = [(name, text.encode()) for name, text in entry["headers"].items()]
             value, topic = entry["value"].encode(), entry["topic"]
             self.world.apart(lambda: asyncio.run(write(bootstrap, topic, [(value, headers)], key=subject.encode())))  # noqa: B023
@@ -189,6 +224,11 @@ async def read(bootstrap: str, topic: str) -> list[Any]:
 
 def _is_of(record: Any, code: str) -> bool:
     return ("ce_clientcode", code.encode()) in record.headers or (record.key or b"") == code.encode()
+
+
+async def _journal(settings: Settings, entries: list[dict[str, Any]]) -> None:
+    async with aclosing(record_store(settings)) as store:
+        await store.journal(entries)
 
 
 async def _again(bootstrap: str, topics: tuple[Topic, ...], code: str) -> None:

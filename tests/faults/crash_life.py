@@ -61,6 +61,8 @@ class World:
         acknowledge is the group's position all the same."""
         self.poisons: list[tuple[str, bytes]] = []
         """Topic and value of every record that was put on the log and is no event."""
+        self.backwards: list[str] = []
+        """Aggregates whose events were put on the log in the wrong order."""
         self._life: int | None = None
         self.ended: int | None = None
         """The last life's wait status."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from consumers.app import CONSUMERS
-from events.topics import Topic
+from events.topics import Plain, Topic
 from events.types import derived_id
 from mini_studio.drivers.releases import RELEASE
 from mini_studio.records.projection import timestamp
@@ -66,9 +66,126 @@ def train(*seeds: Seed) -> Callable[["Client"], None]:
     def run(client: Client) -> None:
         for seed in seeds:
             client.submit(seed.name, seed)
-        client.until(lambda: all(job["status"] in ("succeeded", "failed") for job in client.mine("jobs")))
+        client.until(lambda: all(job["status"] in ("succeeded", "failed", "cancelled") for job in client.mine("jobs")))
 
     return run
+
+
+def endless(client: Client) -> str:
+    """A job that runs, and goes on as long as `training-end` is out of order; or that is cancelled by now."""
+    if "cancel" not in client.answers:
+        client.world.outages.begin("training-end", "on")
+    job = str(client.submit("endless")["job"]["id"])
+    client.until(lambda: status_of(client, job) in ("running", "cancelled"))
+    return job
+
+
+def cancel(client: Client) -> None:
+    """One that runs, twice; then one that may be in the queue, or over, or anything between."""
+    job = endless(client)
+    client.cancel("cancel", job)
+    client.cancel("cancel again", job)
+    client.until(lambda: status_of(client, job) == "cancelled")
+    client.world.outages.end("training-end")
+    soon = client.submit("soon")["job"]["id"]
+    client.cancel("cancel soon", soon, allowed=[200, 202, 409])
+    client.until(lambda: status_of(client, soon) in ("succeeded", "cancelled"))
+    client.cancel("cancel late", job)
+
+
+def cancel_unread(client: Client) -> None:
+    """The request and its cancel reach the log together, while the cluster is not there to stop anything."""
+    client.world.outages.begin("publisher", "away")
+    client.world.outages.begin("cluster", "away")
+    job = client.submit()["job"]["id"]
+    client.cancel("cancel", job, allowed=[200, 202, 409])  # the life before may have let it go on
+    client.world.outages.end("publisher")
+    client.pause(0.2)
+    client.world.outages.end("cluster")
+    client.until(lambda: status_of(client, job) in ("succeeded", "cancelled"))
+
+
+def cancel_apart(client: Client) -> None:
+    """The cluster cannot be asked for a while, in which a training is cancelled."""
+    job = endless(client)
+    client.world.outages.begin("reports", "away")
+    client.cancel("cancel", job)
+    client.until(lambda: status_of(client, job) == "cancelled" or client.world.outages.met("reports"))
+    client.world.outages.end("reports")
+    client.until(lambda: status_of(client, job) == "cancelled")
+    client.world.outages.end("training-end")
+
+
+def cancel_first(client: Client) -> None:
+    """A cancel stands on the log before what it cancels, of which nobody but the journal knows."""
+    client.world.start()
+    client.world.outages.begin("publisher", "away")
+    job = client.submit()["job"]["id"]
+    client.cancel("cancel", job)
+    client.world.end()
+    client.world.outages.end("publisher")
+    client.journal("jobs", job)
+    client.publish(job, backwards=True)
+
+
+def cancelled(client: Client) -> None:
+    client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["cancelled"])
+
+
+def outrun(client: Client) -> None:
+    """Another watcher gives an attempt up before it is submitted."""
+    client.world.outages.begin("training_runs-rival", "on")
+    client.submit()
+    client.until(lambda: any(run["attempt"] > 1 for run in client.mine("training_runs")))
+    client.world.outages.end("training_runs-rival")
+    client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["succeeded"])
+
+
+def status_of(client: Client, job: str) -> str:
+    return next(str(found["status"]) for found in client.mine("jobs") if found["_id"] == job)
+
+
+def delete(client: Client) -> None:
+    """A dataset that nothing uses, twice; one that a job has to be cancelled for; and what is asked of them after."""
+    unused = client.upload("unused")["dataset_id"]
+    client.get(f"/fine_tuning/datasets/client/{client.code}?limit=1")
+    client.get(f"/fine_tuning/datasets/client/{client.code}?after={unused}")
+    client.delete("delete", unused)
+    client.delete("delete again", unused)
+    client.get(f"/fine_tuning/datasets/{unused}", 404)
+    client.upload("unused again", key="unused", allowed=[409])
+    used = client.upload()["dataset_id"]
+    job = endless(client)
+    if "cancel" not in client.answers:
+        client.delete("delete used", used, allowed=[200, 409])  # 200: the life before has cancelled it
+    now = timestamp(datetime.now(UTC))
+    if client.call("GET", f"/fine_tuning/datasets/{used}").is_success:
+        assert client.get(f"/fine_tuning/datasets/client/{client.code}?as_of={now}")["datasets"]
+    client.cancel("cancel", job)
+    client.until(lambda: status_of(client, job) == "cancelled")
+    client.world.outages.end("training-end")
+    client.delete("delete used now", used)
+    client.submit("endless again", key="endless")
+    client.submit("too late", allowed=[404])
+    client.until(lambda: all(profile["removed"] for profile in client.mine("dataset_profiles")))
+    for store in (client.world.settings.dfs, client.world.data / "s3"):
+        assert not [id for id in (unused, used) if list(store.rglob(f"{id}*"))]
+
+
+def delete_first(client: Client) -> None:
+    """A deletion stands on the log before the upload."""
+    client.world.start()
+    client.world.outages.begin("publisher", "away")
+    dataset = client.upload()["dataset_id"]
+    client.delete("delete", dataset)
+    client.world.end()
+    client.world.outages.end("publisher")
+    client.journal("datasets", dataset)
+    client.publish(dataset, backwards=True)
+
+
+def deleted(client: Client) -> None:
+    client.until(lambda: [profile["removed"] for profile in client.mine("dataset_profiles")] == [True])
 
 
 def no_room(client: Client) -> None:
@@ -106,6 +223,29 @@ def in_the_way(client: Client) -> None:
     client.until(lambda: [job["status"] for job in client.mine("jobs")] == ["succeeded"])
 
 
+def dialect(client: Client) -> None:
+    """All of `/v1`: a file, its bytes, a job that deploys its result by itself, what is said of it, and its end."""
+    rows = {"data": {"purpose": "fine-tune"}, "files": lines(ROWS)}
+    file = client.ask("file", "upload", "POST", "/v1/files", key="file", **rows)["id"]
+    client.get("/v1/files?order=asc")
+    body = {"model": MODEL, "training_file": file, "seed": Seed.SUCCEEDS}
+    job = client.ask("job", "submit", "POST", "/v1/fine_tuning/jobs", key="job", json=body)["id"]
+    if not client.going():
+        client.until(lambda: [d["status"] for d in client.mine("deployments")] == ["ready"])
+        client.get(f"/v1/files/{file}")
+        assert client.call("GET", f"/v1/files/{file}/content", headers={"X-User-ID": client.code}).content
+    client.until(lambda: client.get(f"/v1/fine_tuning/jobs/{job}")["status"] == "succeeded")
+    assert client.get("/v1/fine_tuning/jobs")["data"][0]["id"] == job
+    assert client.get(f"/v1/fine_tuning/jobs/{job}/events")["data"]
+    client.get(f"/v1/fine_tuning/jobs/{job}/checkpoints")
+    client.get("/v1/models")
+    model = client.get(f"/v1/fine_tuning/jobs/{job}")["fine_tuned_model"]
+    client.ask("late cancel", "cancel", "POST", f"/v1/fine_tuning/jobs/{job}/cancel", allowed=(409,))
+    # the life before may have done it
+    client.ask("delete model", "remove", "DELETE", f"/v1/models/{model}", allowed=(200, 404, 409))
+    client.ask("delete file", "delete", "DELETE", f"/v1/files/{file}", allowed=(200, 404))
+
+
 def deploy(client: Client) -> None:
     """Twice under one key, then another scale; asked as soon as it is ready; and removed."""
     name = client.deploy()["deployment"]
@@ -133,11 +273,23 @@ def troubled(client: Client) -> None:
     client.deploy("slow", "slow", allowed=[200, 202, 500])  # it may have failed by the time that it is asked for again
     name = client.deploy()["deployment"]
     folder = client.world.data / "serving" / name
+    client.until(folder.exists)
     for state, status in (("failed", "failed"), ("ready", "ready"), ("starting", "failed"), ("ready", "ready")):
         (folder / "state").write_text(state)
         client.until(
             lambda status=status: status in [d["status"] for d in client.mine("deployments") if d["name"] == name]
         )
+
+
+def woken(client: Client) -> None:
+    """It sleeps, and a request wakes it, once, however often it is woken and killed in between."""
+    name = client.deploy(least=0)["deployment"]
+    client.until(lambda: [d["status"] for d in client.mine("deployments")] == ["ready"])
+    (client.world.data / "serving" / name / "state").write_text("asleep")
+    client.until(lambda: [(r["replicas"], r["outbox"]) for r in client.mine("releases")] == [(0, [])])
+    client.until(lambda: [r["route"]["replicas"] for r in client.mine("routes")] == [0])
+    # a gateway that does not know yet that it sleeps asks the model as before
+    client.until(lambda: client.infer("base").is_success and [d["replicas"] for d in client.mine("deployments")] == [1])
 
 
 def poison(client: Client) -> None:
@@ -150,6 +302,7 @@ def poison(client: Client) -> None:
 def no_dead_letters(client: Client) -> None:
     client.world.outages.begin("dead-letters", "away")
     client.poison(Topic.DATASETS, b"\xff")
+    client.until(lambda: client.buried(Topic.DATASETS, "datasets") or client.world.outages.met("dead-letters"))
     client.pause(0.3)
     client.world.outages.end("dead-letters")
     client.until(lambda: client.buried(Topic.DATASETS, "datasets"))
@@ -241,6 +394,34 @@ def redrive_all(client: Client) -> None:
     asked = [letter for letter in client.letters("serving") if letter["subject"] != client.code]
     assert {letter["state"] for letter in asked} == {"redriven"}
     client.until(lambda: client.letters("serving")[0]["state"] == "open")
+
+
+def usage(client: Client) -> None:
+    """Gateways say what was used, again and again, while another member writes and while nobody can; and what is no batch."""
+    for part in ("usage_hours", "usage_hours-rival"):
+        client.world.outages.end(part)  # the life before may have died in the middle
+    client.say_used(1)
+    client.until(lambda: used(client) >= 1)
+    client.world.outages.begin("usage_hours-rival", "on")
+    client.say_used(1, 2)
+    client.until(lambda: used(client) >= 2)
+    client.world.outages.end("usage_hours-rival")
+    client.world.outages.begin("usage_hours", "away")
+    client.say_used(*range(1, 6))
+    client.until(lambda: used(client) >= 5 or client.world.outages.met("usage_hours"))
+    client.pause(0.3)
+    client.world.outages.end("usage_hours")
+    client.poison(Plain.USAGE, b"{not json")
+    client.say_used(6)
+    client.until(lambda: used(client) >= 6)
+    client.pause(0.3)  # whatever else would be counted
+    hours = "from=2026-01-31T12:00:00Z&to=2026-01-31T13:00:00Z"
+    assert client.get(f"/usage?{hours}")["total"]["prompt_tokens"] == 6
+
+
+def used(client: Client) -> float:
+    """How many requests are summed up."""
+    return sum(hour["tally"]["requests"] for hour in client.mine("usage_hours"))
 
 
 def surprise(client: Client) -> None:
@@ -348,7 +529,7 @@ def whole(client: Client) -> None:
     """All that a client does of its own accord, and then every event of it once more."""
     for part in (upload, submit, train(Seed.FAILS, Seed.IS_FORGOTTEN), deploy, tuned, poison):
         part(client)
-    client.until(lambda: all(job["status"] in ("succeeded", "failed") for job in client.mine("jobs")))
+    client.until(lambda: all(job["status"] in ("succeeded", "failed", "cancelled") for job in client.mine("jobs")))
     client.again(*Topic)
 
 
@@ -372,12 +553,21 @@ SCENARIOS = {
     "lose": Scenario(train(Seed.IS_FORGOTTEN, Seed.IS_KILLED)),
     "stopped": Scenario(train(Seed.IS_STOPPED_OUTSIDE, Seed.HANGS)),
     "end badly": Scenario(train(Seed.BREAKS, Seed.LEAVES_NOTHING)),
+    "cancel": Scenario(cancel),
+    "cancel unread": Scenario(cancel_unread),
+    "cancel apart": Scenario(cancel_apart),
+    "cancel first": Scenario(cancelled, cancel_first),
+    "outrun": Scenario(outrun),
+    "delete": Scenario(delete),
+    "delete first": Scenario(deleted, delete_first),
     "no room": Scenario(no_room),
     "too small": Scenario(too_small),
     "in the way": Scenario(in_the_way),
+    "dialect": Scenario(dialect),
     "deploy": Scenario(deploy),
     "tuned": Scenario(tuned),
     "troubled": Scenario(troubled),
+    "woken": Scenario(woken),
     "poison": Scenario(poison),
     "no dead letters": Scenario(no_dead_letters),
     "store away": Scenario(trouble("s3", "away", buries=False)),
@@ -390,6 +580,7 @@ SCENARIOS = {
     "handover": Scenario(handover, grouped=True),
     "redrive": Scenario(redrive),
     "redrive all": Scenario(redrive_all),
+    "usage": Scenario(usage),
     "surprise": Scenario(surprise),
     "start": Scenario(start, away),
     "sweep": Scenario(swept, orphan),

@@ -17,7 +17,7 @@ class Request:
     request_id: str
     """Its `X-Request-ID`, which every event that follows from it carries as its correlation id."""
     kind: str
-    """`upload`, `submit`, `deploy` or `remove`."""
+    """`upload`, `delete`, `submit`, `cancel`, `deploy` or `remove`."""
     client_code: str
     key: str | None = None
     """Its Idempotency-Key."""

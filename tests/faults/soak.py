@@ -199,7 +199,7 @@ class Soak:
     async def unfinished(self) -> list[str]:
         async with open_studio(self.settings) as studio:
             jobs = await studio.store.find(Job.COLLECTION, {}, limit=10_000_000)
-        return [job["_id"] for job in jobs if job["status"] not in ("succeeded", "failed")]
+        return [job["_id"] for job in jobs if job["status"] not in ("succeeded", "failed", "cancelled")]
 
     async def moving(self) -> list[str]:
         """What has events to publish, is not yet as wanted, or is not followed yet."""

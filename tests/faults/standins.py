@@ -22,6 +22,7 @@ from mini_studio.errors import Conflict, Invalid, Refused, Unavailable
 from mini_studio.files import replace_file
 from mini_studio.records.sqlite import SqliteStore
 from mini_studio.records.store import Collection, Document
+from mini_studio.records.training_runs import RunPhase, TrainingRun
 from mini_studio.wiring import Studio
 from workloads.specs import (
     CURRENT_ATTEMPT,
@@ -132,6 +133,7 @@ class FileCluster:
         write(file, {"spec": str(spec_file), "metadata": metadata, "state": "running", "message": "", "steps": 0})
 
     async def report(self, submission_id: str) -> RunReport:
+        self._outages.raise_for("reports")
         try:
             run = json.loads((self.folder / f"{submission_id}.json").read_text())
         except FileNotFoundError:
@@ -236,7 +238,7 @@ def complete(attempt: Path, spec: TrainSpec) -> None:
 
 
 class FileServing:
-    """Implements `ServingDriver`: a folder per release, ready at once unless its file `state` says `starting` or `failed`."""
+    """Implements `ServingDriver`: a folder per release, ready at once unless its file `state` says `starting`, `failed` or `asleep`."""
 
     def __init__(self, data: Path, models: Path, endpoint: str) -> None:
         self.folder = data / "serving"
@@ -258,7 +260,10 @@ class FileServing:
         held = held_in(self.folder / name)
         if held is None:
             return None
-        state = ReleaseState(self._state(held.spec.base_model, self.folder / name))
+        said = self._state(held.spec.base_model, self.folder / name)
+        if said == "asleep":
+            return ReleaseReport(name, held.deployment_id, held.generation, ReleaseState.READY)
+        state = ReleaseState(said)
         endpoints = [self._endpoint] if state is ReleaseState.READY else []
         return ReleaseReport(name, held.deployment_id, held.generation, state, len(endpoints), endpoints, state.value)
 
@@ -271,6 +276,11 @@ class FileServing:
         held = held_in(self.folder / name)
         if held is not None and held.deployment_id == deployment_id and held.generation <= generation:
             (self.folder / name / RELEASE).unlink()
+
+    async def wake(self, name: str, deployment_id: str) -> None:
+        held, state = held_in(self.folder / name), self.folder / name / "state"
+        if held is not None and held.deployment_id == deployment_id and state.exists():
+            state.write_text("ready")
 
     async def list(self) -> AsyncIterator[ReleaseReport]:
         for release in sorted(self.folder.glob(f"*/{RELEASE}")):
@@ -292,7 +302,8 @@ class WaveringPublisher(Publisher):
 class ContestedStore(SqliteStore):
     """The real store, but for outages of a collection or the journal, and for a collection's rival.
 
-    That is another member of the group, which was given the same batch, and writes first.
+    That is another member of the group, which was given the same batch, and writes first; of the runs, another watcher, which
+    gives the next attempt up before it is submitted.
     """
 
     OUTAGES: ClassVar[Outages]
@@ -302,6 +313,17 @@ class ContestedStore(SqliteStore):
         if self.OUTAGES.on(f"{collection.name}-rival"):
             await super().insert(collection, document)
         await super().insert(collection, document)
+
+    async def replace(self, collection: Collection, document: Document, version: int) -> bool:
+        done = await super().replace(collection, document, version)
+        if done and document.get("phase") == RunPhase.SUBMITTED and self.OUTAGES.on(f"{collection.name}-rival"):
+            self.OUTAGES.end(f"{collection.name}-rival")
+            run = TrainingRun.load(document)
+            lost = run.lose(run.token, "Another watcher gave it up.", 10, interrupted=True)
+            assert lost is not None
+            version = document["version"]
+            await super().replace(collection, {**lost.document(), "version": version + 1}, version)
+        return done
 
     async def put_all(self, collection: Collection, changes: Sequence[tuple[Document, int | None]]) -> list[bool]:
         self.OUTAGES.raise_for(collection.name)

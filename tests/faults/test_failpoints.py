@@ -50,7 +50,9 @@ def test_every_await_has_two_points_with_names_of_their_own() -> None:
 def test_what_is_left_out_is_there_and_has_awaits() -> None:
     files = {failpoints._module_of(file): file for pattern in INSTRUMENTED for file in ROOT.glob(pattern)}
     assert not LEFT_OUT.keys() - files.keys()
-    assert all(awaits(files[name].read_text()) for name in LEFT_OUT)
+    for out in LEFT_OUT:
+        parts = [file for name, file in files.items() if f"{name}.".startswith(f"{out}.")]
+        assert any(awaits(file.read_text()) for file in parts), out
 
 
 def test_a_new_await_gets_points() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from consumers.watchers import training as watcher
 from mini_studio.records.projection import Projection
 from mini_studio.records.releases import Release
 from mini_studio.records.training_runs import TrainingRun
@@ -33,7 +34,12 @@ def world() -> Iterator[None]:
         yield
 
 
-SCENES = ("delivery", "two handlers", "lost log", "first attempt", "second attempt", "two watchers")
+SCENES = (
+    "delivery", "two handlers", "lost log", "first attempt", "second attempt", "two watchers",
+    "cancel", "cancel the first attempt", "cancel under way", "cancel beside success",
+    "cancel beside two watchers",
+)  # fmt: skip
+CANCELLED = ("cancel!", "relay!", "training", "jobs!")
 
 
 def whole(search: Callable[[str, int], Explored], scene: str, states: int) -> None:
@@ -58,6 +64,22 @@ def fine_tunes_of(scene: str, states: int) -> Explored:
         case "second attempt":
             model = FineTunes(RIVALS, faults(crash=1, forget=1, death=1, silence=1))
             return model.search(model.under_way(), states)
+        case "cancel":
+            model = FineTunes((*DELIVERY, "watcher!", "cancel"), faults(crash=1, again=1, broker=1))
+        case "cancel the first attempt":
+            model = FineTunes((*CANCELLED, "watcher"), faults(crash=1, forget=1, death=1, unknown=1))
+            return model.search(model.claimed(), states)
+        case "cancel under way":
+            model = FineTunes((*CANCELLED, "watcher"), faults(crash=1, forget=1, death=1, silence=1, again=1))
+            return model.search(model.under_way(), states)
+        case "cancel beside success":
+            model = FineTunes(
+                ("cancel!", "relay!", "training", "jobs!", "watcher", "watcher!"), faults(crash=1, again=1)
+            )
+            return model.search(model.complete(), states)
+        case "cancel beside two watchers":
+            model = FineTunes(("cancel!", "relay!", "training!", "jobs!", "watcher", "watcher"), faults(crash=1))
+            return model.search(model.claimed(), states)
         case _:
             model = FineTunes(WATCHING, faults(crash=1, forget=1, death=1, silence=1, unknown=1))
             return model.search(model.claimed(), states)
@@ -168,3 +190,18 @@ def test_without_sequences_a_job_goes_back() -> None:
             1  # a batch as a whole is written at once, and a whole one that comes again ends where it did before
         )
         assert "is not what its events make" in found(model, model.under_way())
+
+
+OUTRUN = ("cancel!", "relay!", "training!", "watcher", "watcher!")
+
+
+def test_without_a_second_look_a_cancelled_attempt_gets_a_trainer() -> None:
+    with repeatable(cluster.FILES, [(watcher, "current", seeded.submit_without_a_second_look)]):
+        model = FineTunes(OUTRUN, fine_tunes.Faults())
+        assert "may go on" in found(model, model.claimed())
+
+
+def test_without_a_choice_a_success_is_cancelled() -> None:
+    with repeatable(cluster.FILES, [(TrainingRun, "cancel", seeded.cancel_whatever_was_chosen)]):
+        model = FineTunes(("training", "watcher", "cancel!", "relay!"), fine_tunes.Faults())
+        assert "was not chosen" in found(model, model.complete())

@@ -13,7 +13,8 @@ import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from faststream.kafka import KafkaBroker
 
-from consumers.app import CONSUMERS, stop_broker
+from consumers.app import CONSUMERS as ALL_CONSUMERS
+from consumers.app import stop_broker
 from events import registry
 from events.base import Envelope, Event, Source
 from events.datasets import DatasetProfiled
@@ -24,6 +25,7 @@ from events.types import new_id
 from mini_studio.bus.consumer import Consumer, start_broker
 from mini_studio.bus.dead_letters import DeadLetters
 from mini_studio.bus.kafka import READERS, create_topics
+from mini_studio.bus.plain import PlainConsumer
 from mini_studio.drivers.dfs import DfsStore
 from mini_studio.errors import Invalid
 from mini_studio.records.jobs import Job
@@ -37,6 +39,8 @@ from tests.faults.checker import content
 from tests.faults.corpus import Raw, poison, raw
 from tests.faults.logs import BROKERS, a_log
 
+CONSUMERS = {name: consumer for name, consumer in ALL_CONSUMERS.items() if not isinstance(consumer, PlainConsumer)}
+"""Those of events."""
 PARTITIONS = 3
 ASIDE_S, LAG_S = 5.0, 10.0
 Place = tuple[str, int, int]

@@ -86,5 +86,5 @@ async def test_a_rolling_restart_is_seen_by_no_client(studio: Running) -> None:
     print(f"answers: {dict(load.statuses)}")
     assert load.failures == []
     assert exits[slowest] <= EXIT_S
-    assert set(again) == {"datasets", "training", "serving", "jobs", "routes"}
+    assert set(again) == {"datasets", "training", "serving", "jobs", "routes", "usage"}
     assert not any(again.values())

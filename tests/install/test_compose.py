@@ -1,5 +1,6 @@
 """compose.yaml against the code that it starts: settings, commands, addresses, health checks, volumes, images."""
 
+import json
 import os
 import re
 import stat
@@ -88,6 +89,8 @@ def _setting(settings: BaseModel, variable: str) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
+    if isinstance(value, list):
+        return json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -257,7 +257,7 @@ def test_policies_let_through_what_is_needed_and_nothing_else(minimal: list[Obje
         "prepare": {"kafka", "mongo", "s3"},
         "serving": {"kafka", "mongo", "s3", "kubernetes"},  # 443 is the API server's port, too
         "gateway": {"kafka"},
-        **{name: {"kafka", "mongo"} for name in ("training", "jobs", "routes", "relay")},
+        **{name: {"kafka", "mongo"} for name in ("training", "jobs", "usage", "routes", "relay")},
         **{name: set() for name in ("ray-head", "ray-worker", "test")},
     }
     for name, pod in studio.items():
@@ -307,7 +307,8 @@ def test_what_is_off_is_not_there(helm: Helm) -> None:
     }
     (ingress,) = of(objects, "Ingress").values()
     paths = {path["path"]: path["backend"]["service"]["name"] for path in ingress["spec"]["rules"][0]["http"]["paths"]}
-    assert paths == {"/inference/infer": "mini-studio-gateway", "/": "mini-studio-api"}
+    asking = ("/inference/infer", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+    assert paths == {**dict.fromkeys(asking, "mini-studio-gateway"), "/": "mini-studio-api"}
     (monitor,) = of(objects, "ServiceMonitor").values()
     (scraped,) = [one for one in of(objects, "Service").values() if component(one) == "metrics"]
     assert monitor["spec"]["selector"]["matchLabels"].items() <= scraped["metadata"]["labels"].items()

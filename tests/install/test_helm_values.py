@@ -67,7 +67,7 @@ def test_the_value_sets_of_the_tests_are_valid(name: str) -> None:
         {"settings": {"MINI_STUDIO_API__ADMIN_TOKEN": "letmein"}},
         {"settings": {"MINI_STUDIO_RECORDS__MONGO_URL": "mongodb://user:password@mongo"}},
         {"settings": {"PATH": "/"}},
-        {"settings": {"MINI_STUDIO_API__HOLD_S": 300}},
+        {"settings": {"MINI_STUDIO_GATEWAY__HOLD_S": 300}},
         {"modelsNamespace": {"podSecurity": "none"}},
         {"ray": {"enabled": False}},  # and no address
         {"ingress": {"enabled": True}},  # and no host

@@ -62,6 +62,8 @@ class World(NamedTuple):
     """Records acknowledged by each reader."""
     acknowledged: bool = False
     """Whether the client was told that its request is taken."""
+    answered: bool = False
+    """Whether it was told what became of its cancel."""
     current: str = ""
     """The token in `current-attempt`."""
     folders: tuple[tuple[int, Folder], ...] = ()
@@ -134,6 +136,14 @@ async def publish(folder: Path, run: TrainingRun) -> Manifest:
     return Manifest(job_id=run.id, attempt=run.attempt, token=run.token, files=[], train_loss=0.1, steps=9, tokens=5)
 
 
+async def fence(_job_dir: Path) -> None:
+    await io("unlink_current")
+
+
+async def remove_artifacts(_job_dir: Path) -> None:
+    await io("remove_artifacts")
+
+
 async def give_up(job_dir: Path, token: str, _over: bool) -> None:
     await void(job_dir, token)
 
@@ -143,7 +153,19 @@ async def remove_checkpoints(_job_dir: Path) -> None:
 
 
 FILES = {
-    f.__name__: f for f in (prepare, give_up, last_sign_of_life, read_progress, complete, publish, remove_checkpoints)
+    f.__name__: f
+    for f in (
+        prepare,
+        void,
+        give_up,
+        fence,
+        last_sign_of_life,
+        read_progress,
+        complete,
+        publish,
+        remove_checkpoints,
+        remove_artifacts,
+    )
 }
 
 
@@ -164,6 +186,9 @@ def answers(world: World, call: Call, *, fair: bool) -> Iterator[tuple[str, Worl
             yield "", world, world.current
         case Call("unlink_current"):
             yield "", world._replace(current=""), None
+        case Call("remove_artifacts"):
+            kept = tuple((attempt, folder._replace(manifest="")) for attempt, folder in world.folders)
+            yield "", world._replace(folders=kept), None
         case Call("sign_of_life", (attempt,)):
             yield from _signs(world, attempt, fair=fair)
         case Call("read_progress", (attempt, offset)):

@@ -1,4 +1,4 @@
-"""One fine-tune, from its request to its artifact: the handlers, the relay, the watchers and the transitions are the real ones.
+"""One fine-tune, from its request to its artifact or cancel: the handlers, the relay, the watchers and the transitions are the real ones.
 
 The world around them is small: a record store, a journal, a log, and what stands in tests/faults/model/cluster.py.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from api import submissions
 from consumers import jobs, training
 from consumers.watchers import training as watcher
 from mini_studio.bus.relay import Relay
@@ -41,7 +42,8 @@ REQUEST = fine_tune(JOB).model_copy(
 SETTINGS = Settings(data=Path("/studio"), training=Training(max_attempts=2, threads=1))
 OUTBOXES = (Job.COLLECTION, TrainingRun.COLLECTION)
 READERS = ("training", "jobs")
-OVER = ("succeeded", "failed")
+OVER = ("succeeded", "failed", "cancelled")
+ENDS = tuple(f"fine_tune.{end}.v1" for end in OVER)
 
 
 def studio() -> Any:
@@ -92,6 +94,7 @@ def programs(replaced: dict[str, Maker]) -> Programs:
     makers: dict[str, Maker] = {
         "api": lambda: submit_fine_tune(of), "relay": relay, "training": deliver(training.consumer),
         "jobs": deliver(jobs.consumer), "watcher": lambda: turn(JOB, of),
+        "cancel": lambda: submissions.cancel(of, JOB, "acme", CAUSE),
     }  # fmt: skip
     return Programs(makers | {name: make(of) for name, make in replaced.items()})
 
@@ -103,13 +106,14 @@ class FineTunes(Actors):
     """The model of one fine-tune. `replaced`: programs with a seeded bug, instead of the real ones."""
 
     READERS = READERS
-    FAIR = ("relay", *READERS, "watcher", "api")
+    FAIR = ("relay", *READERS, "watcher", "api", "cancel")
 
     def __init__(
         self, slots: Sequence[str], faults: Faults, *, replaced: dict[str, Maker] | None = None, **how: Any
     ) -> None:
         super().__init__(slots, programs(replaced or {}), **how)
         self._faults = faults
+        self._cancels = any(slot.startswith("cancel") for slot in slots)
 
     def start(self) -> World:
         return World(self._faults, (None,) * len(self._slots))
@@ -124,6 +128,10 @@ class FineTunes(Actors):
         world = self.until(world, lambda world: world.trainers[0].at == "trained", "")
         return self.until_done(world, "watcher")
 
+    def complete(self) -> World:
+        """A world in which the first attempt has its artifact, the watcher does not know it, and a cancel is on the log."""
+        return self.until(self.under_way(), lambda world: any("cancel_requested" in id for id in world.log), "watcher")
+
     def search(self, start: World, limit: int) -> Explored:
         return explore(self.model(wrong, wrong_step, wrong_end, reached), start, limit)
 
@@ -135,13 +143,20 @@ class FineTunes(Actors):
         match name:
             case "api":
                 return not world.acknowledged
+            case "cancel":
+                return self._cancels and world.acknowledged and not world.answered
             case "relay":
                 return bool(pending(world.docs))
             case _:
                 return run is not None and run["phase"] not in OVER
 
     def done(self, world: World, thread: Thread) -> World:
-        return world._replace(acknowledged=True) if thread.program == "api" else world
+        match thread.program:
+            case "api":
+                return world._replace(acknowledged=True)
+            case "cancel":
+                return world._replace(answered=True)
+        return world
 
     def surroundings(self, world: World) -> Iterator[tuple[str, World]]:
         for trainer in dict.fromkeys(world.trainers):
@@ -182,7 +197,7 @@ def wrong(world: World) -> str | None:
 
 @lru_cache(maxsize=200_000)
 def _wrong_ends(decided: Sequence[str]) -> str | None:
-    ends = [id for id in decided if event(id).type in ("fine_tune.succeeded.v1", "fine_tune.failed.v1")]
+    ends = [id for id in decided if event(id).type in ENDS]
     return f"it ended more than once: {ends}" if len(ends) > 1 else None
 
 
@@ -209,6 +224,8 @@ def wrong_step(before: World, after: World) -> str | None:
         old, new = document(before.docs, name), document(after.docs, name)
         if old and new and old[field] in OVER and new[field] != old[field]:
             return f"{name} went from {old[field]} to {new[field]}"
+        if old and new and old[field] == "cancelling" and new[field] not in ("cancelling", "cancelled"):
+            return f"{name} was to be cancelled, and is {new[field]}"
     return None
 
 
@@ -224,4 +241,6 @@ def wrong_end(world: World) -> str | None:
         return f"in the end the log lacks { ({*world.decided} - {*world.log}) }"
     if run["phase"] == "succeeded" and world.linked != run["attempt"]:
         return f"attempt {run['attempt']} succeeded, {world.linked} is published"
+    if run["phase"] == "cancelled" and (world.current or world.trainers):
+        return f"it was cancelled, and in the end {world.current or world.trainers} may go on"
     return None

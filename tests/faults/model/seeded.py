@@ -35,6 +35,14 @@ def remove_whatever_there_is(_held: Any, _generation: int) -> bool:
     return True
 
 
+async def submit_without_a_second_look(_run: TrainingRun, _studio: Any) -> bool:
+    return True
+
+
+def cancel_whatever_was_chosen(run: TrainingRun, _envelope: Envelope[Any]) -> TrainingRun | None:
+    return None if run.phase.over else run.model_copy(update={"phase": RunPhase.CANCELLING})
+
+
 def publish_before_write(of: Any) -> Callable[..., Any]:
     async def claim(_offset: int, ids: tuple[str, ...]) -> None:
         for id in ids:
