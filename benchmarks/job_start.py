@@ -29,7 +29,7 @@ def ours(http: httpx.Client, models: Path, dataset: str) -> float:
     answer = http.post("/fine_tuning/submit-finetune", json=body)
     accepted = time.time()
     job = answer.raise_for_status().json()["job"]["id"]
-    until(lambda: http.get(f"/fine_tuning/jobs/{job}").json()["job"]["status"] in ("succeeded", "failed"))
+    until(lambda: http.get(f"/fine_tuning/jobs/{job}").json()["job"]["status"] in ("succeeded", "failed", "cancelled"))
     said = specs.attempt_dir(models / CLIENT / job, 1) / specs.PROGRESS
     return float(json.loads(said.read_text().splitlines()[0])["time"]) - accepted
 
