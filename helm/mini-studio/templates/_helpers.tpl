@@ -61,6 +61,7 @@ training: {command: [consume, training], secrets: [mongo, kafka, ray], roots: {m
 serving: {command: [consume, serving], secrets: [mongo, kafka], roots: {models: ro}}
 jobs: {command: [consume, jobs], secrets: [mongo, kafka], roots: {}}
 routes: {command: [consume, routes], secrets: [mongo, kafka], roots: {}}
+usage: {command: [consume, usage], secrets: [mongo, kafka], roots: {}}
 relay: {command: [relay], secrets: [mongo, kafka], roots: {}}
 {{- end -}}
 
@@ -76,6 +77,7 @@ training: mini-studio.fine-tunes
 serving: mini-studio.deployments
 jobs: mini-studio.fine-tunes
 routes: mini-studio.deployments
+usage: mini-studio.usage
 {{- end -}}
 
 {{/* The studio's settings that are no secrets, as environment variables; those of the values win. */}}
