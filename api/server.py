@@ -357,7 +357,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._write_400(problem)
 
     def _write_400(self, problem: str) -> None:
-        content = errors.content(400, "bad_request", problem, (), None, openai=self.url.startswith(b"/v1/"))
+        content = errors.content(
+            400, "bad_request", problem, (), None, openai=self.url.startswith(errors.OPENAI_PATHS.encode())
+        )
         body = orjson.dumps(content)
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(head.encode() + body)

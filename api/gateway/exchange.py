@@ -13,7 +13,7 @@ from api.gateway.identity import Identity
 from api.gateway.limits import Admission, Limits
 from api.gateway.load import Load
 from api.gateway.replicas import Replicas
-from api.gateway.tokens import KEPT_BYTES, reported
+from api.gateway.tokens import END_BYTES, reported
 from api.gateway.usage import UsageLog, Used
 from api.gateway.watch import now
 from events.types import CLIENT_CODE_PATTERN, DeploymentStatus
@@ -38,6 +38,8 @@ may not know everywhere yet that the first one is there. The request stays whole
 RETRIED = (502, 503)
 """Answers of a model server, or of what stands before it, that another replica may not give."""
 HUNG_UP = 499
+KEPT_BYTES = 64 * 1024
+"""How much of a body is kept, so that it can be sent again; more of a waiting request's stays with its client."""
 BEGINNING_BYTES = 512
 MOST_PARSED = 64 * 1024
 LONGEST_NAME = 300
@@ -224,10 +226,10 @@ class Exchange:
 
     def passed(self, data: bytes) -> None:
         """Look at what passes by, for the token counts at its end."""
-        if len(data) >= KEPT_BYTES:
-            self._end_bytes = data[-KEPT_BYTES:]
+        if len(data) >= END_BYTES:
+            self._end_bytes = data[-END_BYTES:]
         else:
-            self._end_bytes = (self._end_bytes + data)[-KEPT_BYTES:]
+            self._end_bytes = (self._end_bytes + data)[-END_BYTES:]
 
     def end(self, status: int, *, failed: bool = False, reason: object = None) -> None:
         """It is over: `status` is what the client got. `failed`: by the replica's fault."""

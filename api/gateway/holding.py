@@ -12,8 +12,6 @@ from mini_studio.settings import Gateway
 
 AGAIN_S = 2.5
 """How often a request that waits says so again: what it said before may be lost."""
-KEPT_BYTES = 64 * 1024
-"""How much of a waiting request's body is read. The rest stays with its client."""
 STARTING_S = 1.0
 """How long one that starts is waited for: its record and its route follow the log each by itself, and one may be a moment behind."""
 

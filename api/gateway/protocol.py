@@ -14,9 +14,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from api import errors
 from api.gateway.dialect import Call, named
 from api.gateway.ends import gone, reset
-from api.gateway.exchange import HUNG_UP, RETRIED, Exchange, Exchanger
+from api.gateway.exchange import HUNG_UP, KEPT_BYTES, RETRIED, Exchange, Exchanger
 from api.gateway.headers import Answered, lines
-from api.gateway.holding import KEPT_BYTES
 from api.gateway.upstream import Connection, Endpoint, Pool
 from api.gateway.wanted import Wanted
 from api.gateway.watch import Watch, now

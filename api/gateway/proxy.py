@@ -13,9 +13,8 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from api.gateway.exchange import HUNG_UP, RETRIED, Exchange
+from api.gateway.exchange import HUNG_UP, KEPT_BYTES, RETRIED, Exchange
 from api.gateway.headers import Answered, Headers, passed_up
-from api.gateway.holding import KEPT_BYTES
 from api.gateway.watch import now
 from mini_studio.errors import StudioError, Upstream, UpstreamTimeout
 from mini_studio.settings import Gateway

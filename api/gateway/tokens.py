@@ -2,7 +2,7 @@
 
 import re
 
-KEPT_BYTES = 2048
+END_BYTES = 2048
 """How much of an answer's end is kept. `usage` follows the choices in all of OpenAI's shapes."""
 _PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d{1,12})[\s,}]')
 _COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,12})[\s,}]')
