@@ -16,8 +16,9 @@ import time
 from urllib.parse import urlsplit
 
 from tests.fakes.broker import free_port, wait_for
-from tests.fakes.flooded_gateway import MODEL, gateway
+from tests.fakes.gateways import routed_gateway, shared_route
 
+MODEL = "tiny-llama"
 TARGET = 1.2
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
 
@@ -116,7 +117,8 @@ async def compare(args: argparse.Namespace) -> None:
     model = subprocess.Popen(command("model", model_port, args))  # noqa: ASYNC220
     try:
         wait_for(model_port)
-        async with gateway(f"http://127.0.0.1:{model_port}", GATEWAY__CLIENT=args.client) as url:
+        route = shared_route(MODEL, f"http://127.0.0.1:{model_port}")
+        async with routed_gateway(route, GATEWAY__CLIENT=args.client) as url:
             port, quiet, loud = urlsplit(url).port or 0, [], []
             for number in range(1, args.rounds + 1):
                 print(f"round {number}")

@@ -34,12 +34,10 @@ import psutil
 import uvloop
 
 from benchmarks.proxies.streaming import Reader
-from events.topics import ROUTES
-from events.types import DeploymentKind, DeploymentStatus
-from mini_studio.bus.kafka import Outgoing, Publisher, create_topics
+from events.types import DeploymentKind
 from mini_studio.records.routes import Route
-from mini_studio.settings import Kafka
 from tests.fakes.broker import free_port, running_broker, wait_for
+from tests.fakes.gateways import gateways, publish_routes, shared_route
 
 QUESTION = json.dumps(
     {"model": "m", "messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 16}
@@ -136,47 +134,20 @@ def nginx(folder: Path, name: str, port: int, http: str) -> Iterator[psutil.Proc
 
 def route(name: str, port: int) -> Route:
     """A fine-tuned model of tenant acme, served at `port`."""
-    return Route(
-        deployment_id=f"dep_{name}",
-        name=f"vllm-ft-acme-{name}",
-        client_code="acme",
-        kind=DeploymentKind.FINE_TUNED,
-        model=name,
-        base_model="base",
-        status=DeploymentStatus.READY,
-        endpoints=[f"http://127.0.0.1:{port}"],
-        replicas=1,
-        requested_at="2026-01-01T00:00:00Z",
-        revision=1,
-    )
-
-
-async def publish(bootstrap: str, routes: list[Route]) -> None:
-    settings = Kafka(bootstrap=bootstrap)
-    await create_topics(settings)
-    entries = [
-        Outgoing(ROUTES, r.key.encode(), r.model_dump_json().encode(), [("ce_id", f"{r.key}/1".encode())])
-        for r in routes
-    ]
-    async with Publisher(settings) as publisher:
-        await publisher.publish(entries)
+    owned = {"client_code": "acme", "kind": DeploymentKind.FINE_TUNED, "base_model": "base"}
+    return shared_route(name, f"http://127.0.0.1:{port}").model_copy(update=owned)
 
 
 @contextlib.contextmanager
 def ours(folder: Path, bootstrap: str, client: str = "fast") -> Iterator[tuple[int, psutil.Process]]:
-    port = free_port()
     settings = {
-        "API__PORT": str(port),
-        "KAFKA__BOOTSTRAP": bootstrap,
         "GATEWAY__CLIENT": client,
-        "GATEWAY__CLIENT_REQUESTS_S": "1000000",
-        "GATEWAY__CLIENT_TOKENS_MIN": "1000000000",
-        "GATEWAY__CLIENT_STREAMS": "100000",
+        "GATEWAY__CLIENT_REQUESTS_S": 1_000_000,
+        "GATEWAY__CLIENT_TOKENS_MIN": 1_000_000_000,
+        "GATEWAY__CLIENT_STREAMS": 100_000,
     }
-    command = [sys.executable, "-m", "mini_studio.cli", "gateway", "--data", str(folder / "data")]
-    environment = {f"MINI_STUDIO_{name}": value for name, value in settings.items()}
-    with started(command, port, **environment) as process:
-        yield port, process
+    with gateways(bootstrap, folder / "data", **settings) as [gateway]:
+        yield gateway.port, psutil.Process(gateway.process.pid)
 
 
 @contextlib.contextmanager
@@ -204,7 +175,7 @@ def litellm(python: str, folder: Path, model: int) -> Iterator[tuple[int, psutil
 @contextlib.contextmanager
 def proxies(folder: Path, model: int, streams: int, bootstrap: str, python: str | None) -> Iterator[list[Proxy]]:
     """All of them, and the model server itself first. Those that stream have a twin before the streaming server."""
-    asyncio.run(publish(bootstrap, [route("m", model), route("s", streams)]))
+    asyncio.run(publish_routes(bootstrap, [route("m", model), route("s", streams)]))
     front, front_streams = free_port(), free_port()
     with contextlib.ExitStack() as stack:
         http = PROXY.format(model=model, port=front)

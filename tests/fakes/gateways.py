@@ -1,17 +1,24 @@
-"""`mini-studio gateway` as a process of its own, and consumers beside it."""
+"""`mini-studio gateway` as a process of its own, the routes that it reads, and consumers beside it."""
 
+import asyncio
 import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import httpx
 
-from tests.fakes.broker import free_port, wait_for
+from events.topics import ROUTES
+from events.types import DeploymentKind, DeploymentStatus
+from mini_studio.bus.kafka import Outgoing, Publisher, create_topics
+from mini_studio.records.routes import Route
+from mini_studio.settings import Kafka
+from tests.fakes.broker import free_port, running_broker, wait_for
 
 START_S = 60
 
@@ -86,6 +93,34 @@ class GatewayProcess(Process):
         return sum(float(value) for series, _, value in found if series == (f"{name}{{{of}}}" if of else name))
 
 
+def shared_route(model: str, *endpoints: str) -> Route:
+    """Of a base model that all clients may ask, ready."""
+    return Route(
+        deployment_id=f"dep_{model}",
+        name=f"vllm-base-{model}",
+        client_code="",
+        kind=DeploymentKind.BASE,
+        model=model,
+        base_model=model,
+        status=DeploymentStatus.READY,
+        endpoints=list(endpoints),
+        requested_at="2026-01-01T00:00:00Z",
+        revision=1,
+    )
+
+
+async def publish_routes(bootstrap: str, routes: Sequence[Route]) -> None:
+    """Put them on a log, whose topics are made where they are missing."""
+    settings = Kafka(bootstrap=bootstrap)
+    await create_topics(settings)
+    entries = [
+        Outgoing(ROUTES, r.key.encode(), r.model_dump_json().encode(), [("ce_id", f"{r.key}/{r.revision}".encode())])
+        for r in routes
+    ]
+    async with Publisher(settings) as publisher:
+        await publisher.publish(entries)
+
+
 @contextlib.contextmanager
 def gateways(bootstrap: str, folder: Path, count: int = 1, **settings: object) -> Iterator[list[GatewayProcess]]:
     """So many, each ready; ended with the context."""
@@ -100,3 +135,15 @@ def gateways(bootstrap: str, folder: Path, count: int = 1, **settings: object) -
     finally:
         for gateway in started:
             gateway.end()
+
+
+@contextlib.asynccontextmanager
+async def routed_gateway(route: Route, **settings: object) -> AsyncIterator[str]:
+    """The address of one that knows this route alone, from a log of its own."""
+    with contextlib.ExitStack() as stack:
+        bootstrap = stack.enter_context(running_broker())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        await publish_routes(bootstrap, [route])
+        started = gateways(bootstrap, folder, LOG__LEVEL="warning", **settings)
+        [gateway] = await asyncio.to_thread(stack.enter_context, started)
+        yield gateway.url

@@ -13,12 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from events.topics import ROUTES
-from events.types import DeploymentKind, DeploymentStatus
-from mini_studio.bus.kafka import Outgoing, Publisher
-from mini_studio.records.routes import Route
-from mini_studio.settings import Kafka
 from tests.fakes.broker import free_port, running_broker, wait_for
+from tests.fakes.gateways import publish_routes, shared_route
 from tests.fakes.s3_servers import embedded_s3
 
 ADMIN_TOKEN = "a-token-of-the-tests"
@@ -82,7 +78,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Fuzzed
         }
         environment = {**os.environ, **{f"MINI_STUDIO_{name}": value for name, value in settings.items()}}
         subprocess.run([*STUDIO, "prepare"], check=True, env=environment)
-        asyncio.run(publish(bootstrap, model))
+        asyncio.run(publish_routes(bootstrap, [shared_route(MODEL, model)]))
         with (folder / "api.log").open("w") as log:
             process = subprocess.Popen([*STUDIO, "api"], env=environment, stdout=log, stderr=log)
         try:
@@ -91,25 +87,6 @@ def api(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Fuzzed
         finally:
             process.terminate()
             process.wait(30)
-
-
-async def publish(bootstrap: str, model: str) -> None:
-    """The route of a model that all clients share."""
-    route = Route(
-        deployment_id="dep_0",
-        name="vllm-base-tiny-llama",
-        client_code="",
-        kind=DeploymentKind.BASE,
-        model=MODEL,
-        base_model=MODEL,
-        status=DeploymentStatus.READY,
-        endpoints=[model],
-        requested_at="2026-01-01T00:00:00Z",
-        revision=1,
-    )
-    async with Publisher(Kafka(bootstrap=bootstrap)) as publisher:
-        value, headers = route.model_dump_json().encode(), [("ce_id", f"{route.key}/1".encode())]
-        await publisher.publish([Outgoing(ROUTES, route.key.encode(), value, headers)])
 
 
 def filled(url: str) -> Fuzzed:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from tests.fakes.flooded_gateway import MODEL, gateway
+from tests.fakes.gateways import routed_gateway, shared_route
 from tests.fakes.waiting import until
 
+MODEL = "tiny-llama"
 FLOOD = 500
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -57,7 +58,7 @@ async def flood(port: int, client: str) -> list[asyncio.StreamWriter]:
 
 @pytest.mark.parametrize("client", ["fast", "plain"])
 async def test_another_client_is_answered_while_a_flood_waits(model: Patient, client: str) -> None:
-    async with gateway(model.url, GATEWAY__CLIENT=client) as url:
+    async with routed_gateway(shared_route(MODEL, model.url), GATEWAY__CLIENT=client) as url:
         writers = await flood(httpx.URL(url).port or 0, "flood")
         await until(lambda: model.waiting == FLOOD, 60)
         async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as other:
