@@ -1,8 +1,10 @@
-"""Reads whole topics by assignment: no group, so nobody's position moves."""
+"""Reads topics by assignment, whole or as they grow: no group, so nobody's position moves."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Literal
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
@@ -18,6 +20,7 @@ PATIENCE_S = 30.0
 """The client waits for ever for a broker that is away; whoever reads a whole topic wants to know."""
 FETCH_WAIT_MS = 20
 STOP_S = 0.2
+START_S = 5.0
 
 
 async def read_whole(
@@ -50,6 +53,34 @@ async def read_whole(
         raise await unavailable(settings, error) from error
     finally:
         await let_go(consumer.stop(), STOP_S)
+
+
+@contextlib.asynccontextmanager
+async def following(
+    settings: Kafka, topic: str, *, since: Literal["earliest", "latest"], fetch_wait_ms: int
+) -> AsyncIterator[tuple[AIOKafkaConsumer, list[TopicPartition]]]:
+    """A consumer that has all of the topic's partitions. Raises `KafkaError`, `OSError`, `TimeoutError`."""
+    consumer = AIOKafkaConsumer(
+        **client_options(settings),
+        auto_offset_reset=since,
+        enable_auto_commit=False,
+        fetch_max_wait_ms=fetch_wait_ms,
+    )
+    try:
+        await asyncio.wait_for(consumer.start(), START_S)
+        partitions = [TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or {0})]
+        consumer.assign(partitions)
+        yield consumer, partitions
+    finally:
+        await let_go(_leave(consumer))
+
+
+async def _leave(consumer: AIOKafkaConsumer) -> None:
+    """Stop it. The stop alone stumbles over a fetch that waits to be tried again, and leaves the client open."""
+    if consumer.assignment():
+        consumer.unsubscribe()
+        await asyncio.sleep(0.1)
+    await consumer.stop()
 
 
 async def at_end(consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]) -> bool:

@@ -10,9 +10,8 @@ from aiokafka.errors import KafkaError
 
 from events.topics import ROUTES
 from events.types import DeploymentKind, DeploymentStatus
-from mini_studio.bus.connection import client_options, unavailable
-from mini_studio.bus.kafka import let_go
-from mini_studio.bus.reading import at_end
+from mini_studio.bus.connection import unavailable
+from mini_studio.bus.reading import at_end, following
 from mini_studio.records.routes import Route
 from mini_studio.settings import Kafka
 
@@ -22,7 +21,6 @@ SILENT_S = 0.7
 """How much later than it should an answer of the broker may come before that counts as a problem; it may pass by itself."""
 REPLACED_AFTER_S = 5.0
 """How much later before the client is replaced: on a half-open connection it would wait 40 s."""
-START_S = 5.0
 LOOK_EVERY_S = 0.02
 
 
@@ -131,16 +129,8 @@ class RouteFeed:
                 await asyncio.sleep(1)
 
     async def _follow(self, epoch: object) -> None:
-        consumer = AIOKafkaConsumer(
-            **client_options(self._settings),
-            auto_offset_reset="earliest",
-            enable_auto_commit=False,
-            fetch_max_wait_ms=self._settings.routes_wait_ms,
-        )
-        try:
-            await asyncio.wait_for(consumer.start(), START_S)
-            partitions = [TopicPartition(ROUTES, p) for p in sorted(consumer.partitions_for_topic(ROUTES) or {0})]
-            consumer.assign(partitions)
+        wait_ms = self._settings.routes_wait_ms
+        async with following(self._settings, ROUTES, since="earliest", fetch_wait_ms=wait_ms) as (consumer, partitions):
             began = time.time()
             while self._epoch() == epoch:
                 for records in (await consumer.getmany(timeout_ms=500)).values():
@@ -148,8 +138,6 @@ class RouteFeed:
                         self._apply(record.key, record.value, dict(record.headers))
                 self._table.loaded = self._table.loaded or await at_end(consumer, partitions)
                 self._listen(time.time() - _last_answer(consumer, partitions, began))
-        finally:
-            await let_go(_leave(consumer))
 
     def _listen(self, silent_s: float) -> None:
         """Take note of how long the broker has said nothing; an idle one answers every fetch when its wait is over."""
@@ -170,14 +158,6 @@ class RouteFeed:
 def revision_in(headers: dict[str, bytes]) -> int:
     """A tombstone has no value to say its revision: every record's `ce_id`, `<deployment>/<revision>`, does."""
     return int(headers.get("ce_id", b"").rpartition(b"/")[2])
-
-
-async def _leave(consumer: AIOKafkaConsumer) -> None:
-    """Stop it. The stop alone stumbles over a fetch that waits to be tried again, and leaves the client open."""
-    if consumer.assignment():
-        consumer.unsubscribe()
-        await asyncio.sleep(0.1)
-    await consumer.stop()
 
 
 def _last_answer(consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], began: float) -> float:

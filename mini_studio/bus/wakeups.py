@@ -9,14 +9,14 @@ import time
 from collections.abc import Awaitable, Callable
 
 import structlog
-from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from events.topics import Plain
 from events.types import DeploymentId, DeploymentName
-from mini_studio.bus.connection import client_options, unavailable
-from mini_studio.bus.kafka import Outgoing, Publisher, let_go
+from mini_studio.bus.connection import unavailable
+from mini_studio.bus.kafka import Outgoing, Publisher
+from mini_studio.bus.reading import START_S, following
 from mini_studio.errors import StudioError
 from mini_studio.records.routes import Route
 from mini_studio.settings import Kafka
@@ -28,7 +28,6 @@ AGAIN_S = 2.0
 STALE_S = 30.0
 FETCH_WAIT_MS = 100
 """The embedded broker does not wake a fetch that waits."""
-START_S = 5.0
 
 
 class WakeUp(BaseModel):
@@ -94,26 +93,14 @@ async def follow(settings: Kafka, woken: Callable[[WakeUp], Awaitable[None]]) ->
 
 
 async def _follow(settings: Kafka, woken: Callable[[WakeUp], Awaitable[None]]) -> None:
-    consumer = AIOKafkaConsumer(
-        **client_options(settings),
-        auto_offset_reset="latest",
-        enable_auto_commit=False,
-        fetch_max_wait_ms=min(settings.fetch_wait_ms, FETCH_WAIT_MS),
-    )
-    try:
-        await asyncio.wait_for(consumer.start(), START_S)
-        partitions = [
-            TopicPartition(Plain.WAKEUPS, p) for p in sorted(consumer.partitions_for_topic(Plain.WAKEUPS) or {0})
-        ]
-        consumer.assign(partitions)
+    wait_ms = min(settings.fetch_wait_ms, FETCH_WAIT_MS)
+    async with following(settings, Plain.WAKEUPS, since="latest", fetch_wait_ms=wait_ms) as (consumer, partitions):
         await asyncio.wait_for(consumer.seek_to_end(*partitions), START_S)
         while True:
             for records in (await consumer.getmany(timeout_ms=500)).values():
                 for wake_up in map(_wake_up, (record.value for record in records)):
                     if wake_up is not None:
                         await woken(wake_up)
-    finally:
-        await let_go(consumer.stop())
 
 
 def _wake_up(value: bytes | None) -> WakeUp | None:
