@@ -19,7 +19,7 @@ from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec, ReleaseState
 from mini_studio.drivers.servers import LOG_BYTES, LOG_KEPT, Server
 from mini_studio.errors import Refused, Unavailable
 from mini_studio.settings import Serving
-from tests.fakes.local_servers import all_servers, end_all, stub_command
+from tests.fakes.local_servers import all_servers, end_all, reconciled, stub_command
 
 NAME = "vllm-ft-acme-tiny"
 SPEC = ReleaseSpec(
@@ -75,14 +75,7 @@ async def until(
     driver: LocalProcessDriver, spec: ReleaseSpec, wanted: Callable[[ReleaseReport], bool] | None = None
 ) -> ReleaseReport:
     """Reconcile until the report is as wanted; by default until it is ready or has failed."""
-    wanted = wanted or (lambda report: report.state is not ReleaseState.STARTING)
-    for _ in range(600):
-        await driver.apply(spec)
-        report = await driver.observe(spec.name)
-        if report is not None and wanted(report):
-            return report
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"it stayed {report}")
+    return await reconciled(driver, spec, wanted or (lambda report: report.state is not ReleaseState.STARTING))
 
 
 async def asked(report: ReleaseReport) -> dict[str, object]:

@@ -16,7 +16,7 @@ from mini_studio.errors import Refused
 from mini_studio.settings import Serving
 from tests.fakes.broker import free_port
 from tests.fakes.load_gateway import LoadGateway, load_gateway
-from tests.fakes.local_servers import all_servers, end_all, stub_command
+from tests.fakes.local_servers import all_servers, end_all, reconciled, stub_command
 from tests.fakes.waiting import until as come_true
 
 SPEC = ReleaseSpec(
@@ -65,13 +65,7 @@ async def until(
     driver: LocalProcessDriver, reached: Callable[[ReleaseReport], bool], spec: ReleaseSpec = SPEC
 ) -> ReleaseReport:
     """Reconcile until the report is so."""
-    for _ in range(1500):
-        await driver.apply(spec)
-        report = await driver.observe(spec.name)
-        if report is not None and reached(report):
-            return report
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"it stayed {report}")
+    return await reconciled(driver, spec, reached)
 
 
 def replicas(number: int) -> Callable[[ReleaseReport], bool]:

@@ -1,14 +1,17 @@
 """Stub model servers under the local process driver: how to start them, to count them, and to leave none behind."""
 
+import asyncio
 import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from mini_studio.drivers.local_process import Start
+from mini_studio.drivers.local_process import LocalProcessDriver, Start
+from mini_studio.drivers.ports import ReleaseReport, ReleaseSpec
 from mini_studio.drivers.servers import MARK
 
 STUB = Path(__file__).with_name("model_server.py")
@@ -34,3 +37,16 @@ def end_all(state_dir: Path) -> None:
     for pid in all_servers(state_dir):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+async def reconciled(
+    driver: LocalProcessDriver, spec: ReleaseSpec, wanted: Callable[[ReleaseReport], bool]
+) -> ReleaseReport:
+    """Reconcile until the report is as wanted."""
+    for _ in range(1500):
+        await driver.apply(spec)
+        report = await driver.observe(spec.name)
+        if report is not None and wanted(report):
+            return report
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"it stayed {report}")
