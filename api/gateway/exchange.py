@@ -10,7 +10,7 @@ import structlog
 
 from api.gateway.holding import Holding
 from api.gateway.identity import Identity
-from api.gateway.limits import Admission, Limits
+from api.gateway.limits import UNLIMITED, Admission, Limits
 from api.gateway.load import Load
 from api.gateway.replicas import Replicas
 from api.gateway.tokens import END_BYTES, reported
@@ -159,9 +159,9 @@ class Exchange:
         self._exchanger.load.enter(self.route.name)
 
     @property
-    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """What the answer says of the client's limits."""
-        return self._admission.headers if self._admission else ()
+    def limits(self) -> Admission:
+        """What the answer says of them."""
+        return self._admission or UNLIMITED
 
     def ready(self) -> bool:
         """Whether it can be sent at once: nothing has to wake, to start, or to be tried again."""
@@ -226,10 +226,9 @@ class Exchange:
 
     def passed(self, data: bytes) -> None:
         """Look at what passes by, for the token counts at its end."""
-        if len(data) >= END_BYTES:
-            self._end_bytes = data[-END_BYTES:]
-        else:
-            self._end_bytes = (self._end_bytes + data)[-END_BYTES:]
+        if self._end_bytes:
+            data = self._end_bytes + data
+        self._end_bytes = data if len(data) <= END_BYTES else data[-END_BYTES:]
 
     def end(self, status: int, *, failed: bool = False, reason: object = None) -> None:
         """It is over: `status` is what the client got. `failed`: by the replica's fault."""
@@ -244,8 +243,8 @@ class Exchange:
         if admission is not None:
             admission.left(None if prompt is None and completion is None else (prompt or 0) + (completion or 0))
             exchanger.load.leave(route.name)
-        first_byte = self._first_byte
         exchanger.load.answered(route.name, status, ended - self.started)
+        first_byte = self._first_byte
         exchanger.usage.add(
             Used(
                 self.client,

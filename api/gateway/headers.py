@@ -32,6 +32,11 @@ def lines(headers: Headers) -> bytes:
     return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
+def pairs(text: bytes) -> Headers:
+    """What `lines` made of them."""
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in text.splitlines())]
+
+
 def passed_up(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     """Bytes as they came, in whatever encoding. The body passes through as it is, so only the caller may ask for a compressed one."""
     passed = [header for header in headers if header[0] in PASSED_UP]

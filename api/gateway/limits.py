@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+from api.gateway.headers import Headers, pairs
 from mini_studio.errors import RateLimited
 from mini_studio.settings import ClientLimits, Gateway
 
@@ -22,9 +23,10 @@ BUSY_S = 1.0
 """When to come back if too many requests are in flight: nobody knows when the next one ends."""
 MAX_CLIENTS = 100_000
 LOOKS = 2
-"""Clients that a call may look at to forget them: more than the one it may add."""
+"""Clients that are looked at, to forget them, when one is added."""
 
-Headers = tuple[tuple[bytes, bytes], ...]
+MILLISECONDS = [*(b"%dms" % number for number in range(1000)), b"1s"]
+LINES = b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %%d\r\nx-ratelimit-reset-%b: %%b\r\n"
 
 
 class Admission:
@@ -33,9 +35,14 @@ class Admission:
     __slots__ = ()
 
     @property
+    def lines(self) -> bytes:
+        """`x-ratelimit-*` for the answer, as it stands now, each line with its end; none where nothing is limited."""
+        return b""
+
+    @property
     def headers(self) -> Headers:
-        """`x-ratelimit-*` for the answer, as it stands now; none where nothing is limited."""
-        return ()
+        """The same as names and values."""
+        return pairs(self.lines)
 
     def left(self, tokens: int | None) -> None:
         """The request is over, and used so many tokens, as far as the model server said."""
@@ -47,7 +54,7 @@ UNLIMITED = Admission()
 class Terms:
     """The limits of one client, in nanoseconds."""
 
-    __slots__ = ("cost", "requests_s", "static", "streams", "tokens_min", "window")
+    __slots__ = ("cost", "lines", "requests_s", "streams", "tokens_min", "window")
 
     def __init__(self, requests_s: float | None, tokens_min: int | None, streams: int | None) -> None:
         self.requests_s, self.tokens_min, self.streams = requests_s, tokens_min, streams
@@ -55,10 +62,9 @@ class Terms:
         """What one request takes out of its bucket; 0: no limit."""
         self.window = max(SECOND, self.cost)
         """What the bucket of requests holds: one second's worth, and at least one request."""
-        limits = {b"requests": requests_s and self.window // self.cost, b"tokens": tokens_min}
-        self.static = {
-            name: (b"x-ratelimit-limit-" + name, b"%d" % limit) for name, limit in limits.items() if limit is not None
-        }
+        limits = ((b"requests", self.window // self.cost if self.cost else None), (b"tokens", tokens_min))
+        self.lines = b"".join(LINES % (name, limit, name, name) for name, limit in limits if limit is not None)
+        """With what remains and how long it takes to be reset left out, for requests, then for tokens."""
 
     @classmethod
     def of(cls, settings: Gateway, own: ClientLimits | None = None) -> "Terms | None":
@@ -79,26 +85,19 @@ class Client:
         self.terms = terms
         self.in_flight = self.requests_full_at = self.tokens_full_at = 0
 
-    def headers(self, now: int) -> Headers:
+    def lines(self, now: int) -> bytes:
         terms = self.terms
-        found: list[tuple[bytes, bytes]] = []
+        said: tuple[int | bytes, ...] = ()
         if terms.cost:
-            missing = max(0, self.requests_full_at - now)
-            remaining = (terms.window - missing) // terms.cost
-            found += (
-                terms.static[b"requests"],
-                (b"x-ratelimit-remaining-requests", b"%d" % remaining),
-                (b"x-ratelimit-reset-requests", duration(missing)),
-            )
+            missing = self.requests_full_at - now
+            missing = max(missing, 0)
+            said = (terms.window - missing) // terms.cost, duration(missing)
         if terms.tokens_min:
-            missing = max(0, self.tokens_full_at - now)
-            remaining = max(0, (MINUTE - missing) * terms.tokens_min // MINUTE)
-            found += (
-                terms.static[b"tokens"],
-                (b"x-ratelimit-remaining-tokens", b"%d" % remaining),
-                (b"x-ratelimit-reset-tokens", duration(missing)),
-            )
-        return tuple(found)
+            missing = self.tokens_full_at - now
+            missing = max(missing, 0)
+            remaining = (MINUTE - missing) * terms.tokens_min // MINUTE
+            said += remaining if remaining > 0 else 0, duration(missing)
+        return terms.lines % said
 
 
 class Counted(Admission):
@@ -110,8 +109,8 @@ class Counted(Admission):
         self._client, self._clock, self._over = client, clock, False
 
     @property
-    def headers(self) -> Headers:
-        return self._client.headers(self._clock())
+    def lines(self) -> bytes:
+        return self._client.lines(self._clock())
 
     def left(self, tokens: int | None) -> None:
         if self._over:
@@ -140,17 +139,18 @@ class Limits:
         """Count one more request of the client, which is in flight from now on. Raises `RateLimited`, and counts nothing then."""
         if self._unlimited:
             return UNLIMITED
-        terms = self._own.get(client, self._default)
-        if terms is None:
-            return UNLIMITED
-        now = self._clock()
-        self._forget(now)
-        known = self._clients.get(client)
+        now, known = self._clock(), self._clients.get(client)
         if known is None:
+            terms = self._own.get(client, self._default)
+            if terms is None:
+                return UNLIMITED
+            self._forget(now)
             known = self._clients[client] = Client(terms)
         else:
+            terms = known.terms
             self._clients.move_to_end(client)
-        full_at = max(known.requests_full_at, now) + terms.cost
+        full_at = known.requests_full_at
+        full_at = (full_at if full_at > now else now) + terms.cost
         if (
             full_at - now > terms.window
             or (known.tokens_full_at - now >= MINUTE and terms.tokens_min)
@@ -187,20 +187,18 @@ def refusal(code: str, client: Client, now: int) -> RateLimited:
     wait_s, limit = max(waits)
     who = f"client {code!r} may have" if code else "callers who name no client may together have"
     message = f"{who} {limit} at this gateway; try again in {max(wait_s, 0.001):.3g} s"
-    return RateLimited(message, retry_after_s=wait_s, headers=client.headers(now))
+    return RateLimited(message, retry_after_s=wait_s, headers=pairs(client.lines(now)))
 
 
 def duration(nanoseconds: int) -> bytes:
     """`12ms`, `7s`, `6m0s`, rounded up."""
     if nanoseconds <= SECOND:
-        return _in_words(-(-nanoseconds // 1_000_000), 0)
-    return _in_words(0, -(-nanoseconds // SECOND))
+        return MILLISECONDS[-(-nanoseconds // 1_000_000)]
+    return _in_words(-(-nanoseconds // SECOND))
 
 
 @functools.lru_cache(maxsize=4096)
-def _in_words(milliseconds: int, seconds: int) -> bytes:
-    if not seconds:
-        return b"%dms" % milliseconds if milliseconds < 1000 else b"1s"
+def _in_words(seconds: int) -> bytes:
     hours, minutes = seconds // 3600, seconds // 60 % 60
     ahead = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
     return f"{ahead}{seconds % 60}s".encode()

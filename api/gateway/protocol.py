@@ -343,8 +343,7 @@ class Splice:
         self._compressed = head.compressed
         self._stage_s = self._gateway.exchanger.settings.between_bytes_s
         exchange.began()
-        limits = exchange.headers
-        self._head(status, head.lines + lines(list(limits)) if limits else head.lines, head.length)
+        self._head(status, head.lines + exchange.limits.lines, head.length)
 
     def _head(self, status: int, header_lines: bytes, length: int | None) -> None:
         framing = b""
@@ -428,8 +427,8 @@ class Splice:
             error = BadRequest(error.message, details=error.details)
         if error.status == TooLarge.status:
             self.keep_alive = False
-        limits = self._exchange.headers if self._exchange else ()
-        headers = errors.headers_of(error)
+        limits = self._exchange.limits.lines if self._exchange else b""
+        headers = lines([(b"content-type", b"application/json"), *errors.headers_of(error)])
         body = orjson.dumps(
             errors.content(
                 error.status,
@@ -440,7 +439,7 @@ class Splice:
                 openai=self.wanted.path is not None,
             )
         )
-        self._head(error.status, lines([(b"content-type", b"application/json"), *headers, *limits]), len(body))
+        self._head(error.status, headers + limits, len(body))
         self._protocol.transport.write(b"".join([*self._out, body]))
         self._end(error.status, failed=failed, reason=error if error.status >= 500 else None)
         self._complete()

@@ -122,7 +122,7 @@ class Asking:
         self._failure: StudioError | None = None
 
     def __enter__(self) -> Self:
-        self._request.state.limits = self._exchange.headers
+        self._request.state.limits = self._exchange.limits.headers
         return self
 
     def __exit__(
@@ -225,7 +225,7 @@ class Asking:
     def _headers(self, head: Answered) -> Headers:
         bodyless = head.length is None or self._status in (204, 304)
         length = [] if bodyless else [(b"content-length", b"%d" % (head.length or 0))]
-        return [*head.headers, *self._exchange.headers, *length]
+        return [*head.headers, *self._exchange.limits.headers, *length]
 
     async def _body(self, response: httpx.Response, head: Answered) -> AsyncIterator[bytes]:
         pieces = response.aiter_raw().__aiter__()

@@ -14,11 +14,7 @@ def reported(end: bytes) -> tuple[int | None, int | None]:
     at = end.rfind(b'"usage"')
     while at >= 0:
         if _OBJECT.match(end, at):
-            return _number(_PROMPT, end, at), _number(_COMPLETION, end, at)
+            prompt, completion = _PROMPT.search(end, at), _COMPLETION.search(end, at)
+            return prompt and int(prompt[1]), completion and int(completion[1])
         at = end.rfind(b'"usage"', 0, at)
     return None, None
-
-
-def _number(pattern: re.Pattern[bytes], end: bytes, at: int) -> int | None:
-    found = pattern.search(end, at)
-    return int(found[1]) if found else None

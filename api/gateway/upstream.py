@@ -228,7 +228,13 @@ class Connection(asyncio.Protocol):
         taker.answered(status, head)
         if self.taker is taker:
             taker.passed(data[at:])
-            self._done()
+            self.taker = None
+            if self._reusable():
+                self.started = self._answer_done = self._keep_alive = False  # no parser has seen anything of it
+                self._keep()
+            else:
+                self.close()
+            taker.finished()
         return True
 
     def _remember(self, data: bytes) -> None:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import structlog
 from prometheus_client import Counter
 
-from events.usage import MAX_TOKENS
 from mini_studio.bus.kafka import Outgoing
 from mini_studio.bus.usage import UsageFeed
 from mini_studio.settings import Settings
@@ -133,21 +132,18 @@ class UsageLog:
 
     def _record(self, used: Used) -> dict[str, Any]:
         """As the topic has it. A name that led to no deployment is the caller's own text, and stays here."""
-        record: dict[str, Any] = {"status": used.status, "total_ms": round(max(0.0, used.total_ms), 3)}
-        if used.client_code:
-            record["client_code"] = used.client_code
-        if used.deployment_id:
-            record |= {"model": used.model, "deployment_id": used.deployment_id, "revision": used.revision}
-        for name in ("prompt_tokens", "completion_tokens"):
-            if _is_count(tokens := getattr(used, name)):
-                record[name] = tokens
-        if used.first_byte_ms is not None:
-            record["first_byte_ms"] = round(max(0.0, used.first_byte_ms), 3)
+        client, model, deployment, revision, prompt, completion, status, first_byte_ms, total_ms = used
+        record: dict[str, Any] = {"status": status, "total_ms": int(total_ms * 1000) / 1000}
+        if client:
+            record["client_code"] = client
+        if deployment:
+            record["model"], record["deployment_id"], record["revision"] = model, deployment, revision
+        if prompt is not None:
+            record["prompt_tokens"] = prompt
+        if completion is not None:
+            record["completion_tokens"] = completion
+        if first_byte_ms is not None:
+            record["first_byte_ms"] = int(first_byte_ms * 1000) / 1000
         if self._weight > 1.0:
             record["weight"] = self._weight
         return record
-
-
-def _is_count(tokens: object) -> bool:
-    """Model servers report what they like; one that reports nonsense must not spoil a batch."""
-    return type(tokens) is int and 0 <= tokens <= MAX_TOKENS

@@ -10,10 +10,12 @@ from fastapi import FastAPI
 
 from api.gateway.dialect import Call
 from api.gateway.exchange import beginning
-from api.gateway.limits import Admission, Headers
+from api.gateway.headers import lines
+from api.gateway.limits import Admission
 from api.gateway.tokens import reported
 from api.gateway.usage import Used
 from events.types import DeploymentKind, DeploymentStatus
+from events.usage import MAX_TOKENS
 from mini_studio.errors import BadRequest, RateLimited
 from mini_studio.records.routes import Route
 from tests.fakes.broker import free_port
@@ -24,7 +26,7 @@ INFER = "/inference/infer/m"
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\nbusy"
 USAGE = b'{"choices": [{"text": "a"}], "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}'
-HEADERS = ((b"x-ratelimit-limit-requests", b"9"),)
+HEADERS = [(b"x-ratelimit-limit-requests", b"9")]
 
 
 class Account:
@@ -51,8 +53,8 @@ class Admitted(Admission):
         self._left = left
 
     @property
-    def headers(self) -> Headers:
-        return HEADERS
+    def lines(self) -> bytes:
+        return lines(HEADERS)
 
     def left(self, tokens: int | None) -> None:
         self._left.append(tokens)
@@ -185,6 +187,9 @@ def test_bodies_that_do_not_fit(path: str, body: bytes, field: str | None) -> No
             (1, 2),
         ),
         (rb'{"text": "\"usage\": {\"prompt_tokens\": 9}"}', (None, None)),
+        (b'{"usage": {"prompt_tokens": -1, "completion_tokens": 999999999999}}', (None, MAX_TOKENS - 1)),
+        (b'{"usage": {"prompt_tokens": 1000000000000, "completion_tokens": 1.5}}', (None, None)),
+        (b'{"usage": {"prompt_tokens": true, "completion_tokens": "many"}}', (None, None)),
         (b"{}", (None, None)),
     ],
 )

@@ -85,19 +85,15 @@ async def test_a_record_has_what_was_used_and_nothing_that_a_caller_wrote() -> N
         async with running(log := UsageLog(settings(bootstrap))):
             log.add(used(3, completion_tokens=None, first_byte_ms=None, status=499))
             log.add(used(model="tell me a secret", deployment_id="", revision=0, client_code="", status=404))
-            for nonsense in (-1, 10**30, 1.5, True, "many"):
-                log.add(used(prompt_tokens=nonsense))
         (record,) = await read_all(bootstrap, Plain.USAGE.value)
     value = orjson.loads(record.value)
     assert record.key == value["gateway"].encode()
-    first, second, *others = value["records"]
+    first, second = value["records"]
     assert first == {
         "client_code": "acme", "model": "m", "deployment_id": "dep_x", "revision": 7, "prompt_tokens": 3,
         "status": 499, "total_ms": 2.5,
     }  # fmt: skip
     assert second == {"prompt_tokens": 0, "completion_tokens": 2, "status": 404, "total_ms": 2.5, "first_byte_ms": 1.5}
-    assert len(others) == 5
-    assert all("prompt_tokens" not in each and each["completion_tokens"] == 2 for each in others)
     Draft202012Validator(UsageBatch.model_json_schema()).validate(value)
 
 
