@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiokafka import ConsumerRecord
@@ -303,6 +303,23 @@ async def test_log_lines_name_the_record_they_are_about_and_no_other(studio: Stu
     assert [(b["event_id"], b["subject"], b["consumer"]) for b in bound] == [(e.id, e.subject, "jobs") for e in seen]
     assert len(seen) == 2
     assert get_contextvars() == before
+
+
+class Silent:
+    """In the place of a Kafka consumer: it has news after it was waited for in vain."""
+
+    def __init__(self, record: ConsumerRecord[Any, Any]) -> None:
+        self.answers: list[dict[str, list[Any]]] = [{}, {}, {"partition": [record]}]
+
+    async def getmany(self, **options: object) -> dict[str, list[Any]]:
+        return self.answers.pop(0)
+
+
+async def test_a_consumer_that_waited_in_vain_goes_on_waiting_and_never_looks_away(studio: Studio) -> None:
+    consumer, _ = collector()
+    [subscriber] = consumer.broker(studio.settings.kafka, studio.publisher, studio).subscribers
+    record = a_record(1)
+    assert await cast("Any", subscriber).get_msg(Silent(record)) == (record,)
 
 
 def a_record(offset: int) -> ConsumerRecord[Any, Any]:
