@@ -43,10 +43,17 @@ class Call:
 
 def named(organization: str | None, user: str | None, code: str | None) -> str | None:
     """Whom the caller names as the client: by OpenAI-Organization, X-User-ID, or `client_code` in the body. Raises `BadRequest`."""
-    caller = checked_client(organization, "OpenAI-Organization") if organization else user
-    if caller and code and caller != code:
-        raise wrong("client_code", "is another client than the one that the headers name")
-    return caller or code
+    if organization:
+        checked_client(organization, "OpenAI-Organization")
+    return same(organization, user, code)
+
+
+def same(*named: str | None) -> str | None:
+    """The client, if any was named. Raises `BadRequest` where two are: one of them may be an API key's."""
+    clients = {name for name in named if name}
+    if len(clients) > 1:
+        raise BadRequest(f"this is in the name of more than one client: {' and '.join(map(repr, sorted(clients)))}")
+    return clients.pop() if clients else None
 
 
 def wrong(field: str, message: str) -> BadRequest:

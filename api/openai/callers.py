@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Query
 
 from api.deps import UserId
+from api.gateway.dialect import same
 from events.types import CLIENT_CODE_PATTERN
 from mini_studio.errors import BadRequest, Invalid
 
@@ -19,14 +20,6 @@ Organization = Annotated[
     Header(alias="OpenAI-Organization", pattern=CLIENT_CODE_PATTERN, description="The client, as `X-User-ID` says it."),
 ]
 ClientQuery = Annotated[str | None, Query(pattern=CLIENT_CODE_PATTERN, description="The client.")]
-
-
-def same(*named: str | None) -> str | None:
-    """The client, if any was named. Raises `BadRequest` where two are: one of them may be an API key's."""
-    clients = {name for name in named if name}
-    if len(clients) > 1:
-        raise BadRequest(f"this is in the name of more than one client: {' and '.join(map(repr, sorted(clients)))}")
-    return clients.pop() if clients else None
 
 
 def required(*named: str | None) -> str:

@@ -136,6 +136,8 @@ WRONG: dict[str, tuple[Any, list[bytes], set[int], str | None]] = {
     "organization-is-a-path": ({"model": "m", "messages": MESSAGES}, [b"OpenAI-Organization: ../x"], {400, 401, 404, 422}, None),
     "two-clients": ({"model": "m", "messages": MESSAGES, "client_code": "acme"}, [b"OpenAI-Organization: bolt"],
                     {400, 401, 403, 404, 422}, None),
+    "two-clients-in-the-head": ({"model": "m", "messages": MESSAGES}, [b"OpenAI-Organization: bolt", b"X-User-ID: acme"],
+                                {400}, None),
     "two-models": (b'{"model": "m", "model": "none", "messages": [{"role": "user", "content": "x"}]}', [], {400, 404, 422}, None),
 }  # fmt: skip
 

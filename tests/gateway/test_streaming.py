@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults.length import length
 from tests.gateway.conftest import Client, Served, post, started
 from tests.gateway.recording import CHUNKED, LAST_CHUNK, Recorder, chunk, framed, once, recorder
 from tests.gateway.wire import PIECE, Wire, connected
@@ -19,7 +18,7 @@ MIB = 1024 * 1024
 STREAMS = 200
 CHUNKS = 5
 LARGE = 10 * MIB
-STREAMED = int(length(short=256, full=1024)) * MIB
+STREAMED = 1024 * MIB
 GROWTH = 48 * MIB
 """What the process may grow by while that passes: some buffers, whatever its length."""
 HELD_BACK = 24 * MIB
