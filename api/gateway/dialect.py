@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 
 from api.gateway.exchange import LONGEST_NAME, checked_client
-from mini_studio.errors import BadRequest, Invalid
+from mini_studio.errors import BadRequest
 from mini_studio.records.routes import Route
 
 FIELDS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
@@ -18,7 +18,7 @@ class Call:
     __slots__ = ("_body", "_changed", "_data", "client_code", "model")
 
     def __init__(self, path: str, body: bytes) -> None:
-        """Raises `BadRequest`, which names the field."""
+        """Raises `BadRequest`, or `Invalid` for what is no client code, with the field."""
         self._body = body
         self._data = _object(body)
         model = self._data.get("model")
@@ -42,7 +42,7 @@ class Call:
 
 
 def named(organization: str | None, user: str | None, code: str | None) -> str | None:
-    """Whom the caller names as the client: by OpenAI-Organization, X-User-ID, or `client_code` in the body. Raises `BadRequest`."""
+    """The client, by OpenAI-Organization, X-User-ID, or `client_code` in the body. Raises `BadRequest`, `Invalid`."""
     if organization:
         checked_client(organization, "OpenAI-Organization")
     return same(organization, user, code)
@@ -87,7 +87,4 @@ def _client_code(given: Any) -> str | None:
         return None
     if not isinstance(given, str):
         raise wrong("client_code", "must be a text")
-    try:
-        return checked_client(given, "client_code")
-    except Invalid as error:
-        raise BadRequest(error.message, details=error.details) from None
+    return checked_client(given, "client_code")

@@ -19,8 +19,9 @@ from api.gateway.headers import Answered, lines
 from api.gateway.upstream import Connection, Endpoint, Pool
 from api.gateway.wanted import Wanted
 from api.gateway.watch import Watch, now
+from api.openai.errors import openai_status
 from api.requests import request_id_of
-from mini_studio.errors import BadRequest, StudioError, TooLarge, Upstream, UpstreamTimeout
+from mini_studio.errors import StudioError, TooLarge, Upstream, UpstreamTimeout
 
 if TYPE_CHECKING:
     from api.server import HttpProtocol
@@ -423,25 +424,18 @@ class Splice:
         if self._status:
             self._break_off(failed=failed, reason=error)
             return
-        if self.wanted.path is not None and error.status == 422:
-            error = BadRequest(error.message, details=error.details)
-        if error.status == TooLarge.status:
+        openai = self.wanted.path is not None
+        status = openai_status(error.status) if openai else error.status
+        if status == TooLarge.status:
             self.keep_alive = False
         limits = self._exchange.limits.lines if self._exchange else b""
         headers = lines([(b"content-type", b"application/json"), *errors.headers_of(error)])
         body = orjson.dumps(
-            errors.content(
-                error.status,
-                error.code,
-                error.message,
-                error.details,
-                self._request_id,
-                openai=self.wanted.path is not None,
-            )
+            errors.content(error.status, error.code, error.message, error.details, self._request_id, openai=openai)
         )
-        self._head(error.status, headers + limits, len(body))
+        self._head(status, headers + limits, len(body))
         self._protocol.transport.write(b"".join([*self._out, body]))
-        self._end(error.status, failed=failed, reason=error if error.status >= 500 else None)
+        self._end(status, failed=failed, reason=error if status >= 500 else None)
         self._complete()
 
     def malformed(self) -> None:
