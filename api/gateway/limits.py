@@ -89,14 +89,11 @@ class Client:
         terms = self.terms
         said: tuple[int | bytes, ...] = ()
         if terms.cost:
-            missing = self.requests_full_at - now
-            missing = max(missing, 0)
+            missing = max(self.requests_full_at - now, 0)
             said = (terms.window - missing) // terms.cost, duration(missing)
         if terms.tokens_min:
-            missing = self.tokens_full_at - now
-            missing = max(missing, 0)
-            remaining = (MINUTE - missing) * terms.tokens_min // MINUTE
-            said += remaining if remaining > 0 else 0, duration(missing)
+            missing = max(self.tokens_full_at - now, 0)
+            said += max(0, (MINUTE - missing) * terms.tokens_min // MINUTE), duration(missing)
         return terms.lines % said
 
 
