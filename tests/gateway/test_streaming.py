@@ -218,11 +218,11 @@ async def test_a_slow_model_slows_the_upload(measured: Measured, slow_model: Rec
 
     slow_model.behave = waits
     before, size = measured.rss, 15 * MIB
-    callers = [await connected(measured.port) for _ in range(4)]
+    callers = [await connected(measured.port) for _ in range(8)]
     sending = [asyncio.create_task(caller.send(post(b"x" * size))) for caller in callers]
     await slow_model.asked(1 + len(callers))
     for caller in callers:
-        assert await stalls(caller) < size * 0.8
+        await stalls(caller)  # one body may be in the sockets' buffers, all of it
     assert measured.rss - before < GROWTH
     go_on.set()
     for caller in callers:
