@@ -228,13 +228,7 @@ class Connection(asyncio.Protocol):
         taker.answered(status, head)
         if self.taker is taker:
             taker.passed(data[at:])
-            self.taker = None
-            if self._reusable():
-                self.started = self._answer_done = self._keep_alive = False  # no parser has seen anything of it
-                self._keep()
-            else:
-                self.close()
-            taker.finished()
+            self._done(parsed=False)
         return True
 
     def _remember(self, data: bytes) -> None:
@@ -315,11 +309,14 @@ class Connection(asyncio.Protocol):
 
     # what else happens
 
-    def _done(self) -> None:
+    def _done(self, *, parsed: bool = True) -> None:
         """Give it back first: the taker may begin its connection's next request at once."""
         taker, self.taker = self.taker, None
         if self._reusable():
-            self._reset()
+            if parsed:
+                self._reset()
+            else:
+                self.started = self._answer_done = self._keep_alive = False
             self._keep()
         else:
             self.close()
