@@ -151,13 +151,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         # What comes after a body's last chunk never counts, nor does a name that could be mistaken for another one.
-        if not self._in_head:
+        if self._in_head and b"_" not in name:
+            super().on_header(name, value)
+        elif not self._in_head:
             self._on_trailer(name, value)
-        elif b"_" not in name:
-            name = name.lower()
-            if name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
-            self.headers.append((name, value))
 
     def _on_trailer(self, name: bytes, value: bytes) -> None:
         self._trailer_bytes += len(name) + len(value) + 4

@@ -21,6 +21,10 @@ class Durations:
         self.buckets = [0] * (len(BOUNDS_S) + 1)
         self.total_s = 0.0
 
+    def observe(self, seconds: float) -> None:
+        self.buckets[bisect_left(BOUNDS_S, seconds)] += 1
+        self.total_s += seconds
+
     def cumulative(self) -> list[tuple[str, float]]:
         bounds = [*map(str, BOUNDS_S), "+Inf"]
         return [(bound, sum(self.buckets[: index + 1])) for index, bound in enumerate(bounds)]
@@ -53,8 +57,7 @@ class Load:
         durations = self.durations.get(deployment)
         if durations is None:
             durations = self.durations[deployment] = Durations()
-        durations.buckets[bisect_left(BOUNDS_S, seconds)] += 1
-        durations.total_s += seconds
+        durations.observe(seconds)
 
     @contextlib.contextmanager
     def counted(self, deployment: str) -> Iterator[None]:
