@@ -160,7 +160,7 @@ class Exchange:
 
     @property
     def limits(self) -> Admission:
-        """What the answer says of them."""
+        """Where its client stands, for the answer's headers."""
         return self._admission or UNLIMITED
 
     def ready(self) -> bool:

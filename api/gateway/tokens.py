@@ -10,7 +10,7 @@ _OBJECT = re.compile(rb'"usage"\s*:\s*\{')
 
 
 def reported(end: bytes) -> tuple[int | None, int | None]:
-    """Prompt and completion tokens in the last usage object of an answer's end."""
+    """Prompt and completion tokens in the last usage object of an answer's end. Both are below `events.usage.MAX_TOKENS`."""
     at = end.rfind(b'"usage"')
     while at >= 0:
         if _OBJECT.match(end, at):
